@@ -1,0 +1,374 @@
+"""Weights in and out: Hugging Face checkpoint folders of CogVideoX1.5 and our own files, both strictly.
+
+Every tensor of the source must be used, every tensor of the network filled, every shape equal; otherwise one error lists both sides
+and the closest names. Tensors are read one at a time from memory-mapped files and cast as they come, so that loading needs no second
+copy of the model; a block may straddle two shards.
+
+    python load_cogvideox.py DIR        # check a copy of CogVideoX1.5-5B-I2V: every key, every shape, no weights read
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from model import DiT, DiTConfig
+from text import T5Config, T5Encoder, Tokenizer
+from vae import CausalVAE, VAEConfig
+
+FORMAT = 1  # of our own weights files
+
+# Names on the hub -> names here, as whole-name patterns. Nothing is split, fused or transposed: each tensor maps to one.
+DIT_NAMES = [
+    (r"patch_embed\.proj\.(.*)", r"patch_embed.\1"),
+    (r"patch_embed\.text_proj\.(.*)", r"text_embed.\1"),
+    (r"(time|ofs)_embedding\.linear_1\.(.*)", r"\1_embed.0.\2"),
+    (r"(time|ofs)_embedding\.linear_2\.(.*)", r"\1_embed.2.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_(q|k|v)\.(.*)", r"blocks.\1.attn.\2.\3"),
+    (r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.(.*)", r"blocks.\1.attn.out.\2"),
+    (r"transformer_blocks\.(\d+)\.attn1\.(norm_[qk]\..*)", r"blocks.\1.attn.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.(.*)", r"blocks.\1.ff.0.\2"),
+    (r"transformer_blocks\.(\d+)\.ff\.net\.2\.(.*)", r"blocks.\1.ff.2.\2"),
+    (r"transformer_blocks\.(\d+)\.(norm[12]\..*)", r"blocks.\1.\2"),
+    (r"((?:norm_final|norm_out|proj_out)\..*)", r"\1"),
+]
+CUE_NAMES = r"pose_embed\..*|face_embed\..*|blocks\.\d+\.cues\..*"  # ours alone: no CogVideoX file has them
+
+VAE_NAMES = [
+    (r"(.*\.(?:norm[12]|norm_out))\.norm_layer\.(.*)", r"\1.norm.\2"),  # the decoder's norms come with conv_y and conv_b
+    (r"(.*\.(?:norm[12]|norm_out))\.(conv_[yb])\.conv\.(.*)", r"\1.\2.\3"),
+    (r"(.*\.(?:norm[12]|norm_out))\.(weight|bias)", r"\1.norm.\2"),
+    (r"(.*)\.conv_shortcut\.(.*)", r"\1.shortcut.\2"),
+    (r"(.*)\.(?:down|up)samplers\.0\.conv\.(.*)", r"\1.resample.conv.\2"),
+    (r"(.*\.(?:conv1|conv2|conv_in|conv_out))\.conv\.(.*)", r"\1.\2"),
+]
+VAE_PREFIXES = [
+    (r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)", r"\1.levels.\2.blocks.\3"),
+    (r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resample", r"\1.levels.\2.resample"),
+    (r"(encoder|decoder)\.mid_block\.resnets\.(\d+)", r"\1.mid.blocks.\2"),
+]
+
+T5_NAMES = [
+    (r"shared\.weight", "embed.weight"),
+    (r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight", "bias.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.(q|k|v)\.weight", r"blocks.\1.\2.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.o\.weight", r"blocks.\1.out.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.0\.layer_norm\.weight", r"blocks.\1.norm1.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.weight", r"blocks.\1.norm2.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.weight", r"blocks.\1.gate.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.weight", r"blocks.\1.up.weight"),
+    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.weight", r"blocks.\1.down.weight"),
+    (r"encoder\.final_layer_norm\.weight", "norm_out.weight"),
+]
+T5_ALIAS = "encoder.embed_tokens.weight"  # some files store the embedding twice
+
+
+def rename(name: str, patterns: list[tuple[str, str]]) -> str | None:
+    for pattern, target in patterns:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, target, name)
+    return None
+
+
+def dit_name(name: str) -> str | None:
+    return rename(name, DIT_NAMES)
+
+
+def vae_name(name: str) -> str | None:
+    name = rename(name, VAE_NAMES)
+    for pattern, prefix in VAE_PREFIXES if name else ():
+        name = re.sub(pattern, prefix, name)
+    return name
+
+
+def t5_name(name: str) -> str | None:
+    return rename(name, T5_NAMES)
+
+
+# ---- config.json -> our config ------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path, fixed: dict) -> dict:
+    """The folder's config.json, whose `fixed` fields must have the values that these networks implement."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; FOLDER is a local copy of a CogVideoX1.5 repository with {folder.name}/ in it")
+    config = json.loads(path.read_text())
+    for name, value in fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: {name} is {config[name]!r}, but this implementation is CogVideoX1.5's: {name}={value!r}")
+    return config
+
+
+def dit_config(folder: Path) -> DiTConfig:
+    fixed = {
+        "patch_size": 2,
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": False,
+        "attention_bias": True,
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "norm_eps": 1e-5,
+        "norm_elementwise_affine": True,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+    c = read_config(folder, fixed)
+    if c.get("patch_size_t") != 2:
+        raise ValueError(f"{folder}/config.json: patch_size_t is {c.get('patch_size_t')}, a CogVideoX 1.0 model; use CogVideoX1.5-5B-I2V")
+    if c.get("ofs_embed_dim") not in (None, c["time_embed_dim"]):
+        raise ValueError(f"{folder}/config.json: ofs_embed_dim {c['ofs_embed_dim']} must equal time_embed_dim {c['time_embed_dim']}")
+    return DiTConfig(
+        dim=c["num_attention_heads"] * c["attention_head_dim"],
+        depth=c["num_layers"],
+        num_heads=c["num_attention_heads"],
+        in_channels=c["in_channels"],
+        out_channels=c["out_channels"],
+        text_dim=c["text_embed_dim"],
+        time_dim=c["time_embed_dim"],
+        ofs=bool(c.get("ofs_embed_dim")),
+        cue_channels=c["out_channels"] + 1,
+        cue_injection="cuefusion",
+    )
+
+
+def vae_config(folder: Path) -> VAEConfig:
+    c = read_config(folder, {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "temporal_compression_ratio": 4})
+    return VAEConfig(
+        channels=tuple(c["block_out_channels"]),
+        layers=c["layers_per_block"],
+        latent_channels=c["latent_channels"],
+        norm_groups=c["norm_num_groups"],
+        scaling_factor=c["scaling_factor"],
+        norm_eps=c["norm_eps"],
+    )
+
+
+def t5_config(folder: Path) -> T5Config:
+    c = read_config(folder, {"feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6})
+    return T5Config(
+        vocab=c["vocab_size"],
+        dim=c["d_model"],
+        num_heads=c["num_heads"],
+        head_dim=c["d_kv"],
+        ff_dim=c["d_ff"],
+        depth=c["num_layers"],
+        buckets=c["relative_attention_num_buckets"],
+        max_distance=c["relative_attention_max_distance"],
+    )
+
+
+# ---- strict loading -----------------------------------------------------------------------------------------------------
+
+
+def shards(folder: Path) -> list[Path]:
+    """The folder's safetensors files: those its index names, or the only one."""
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        return [folder / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{folder}: {len(files)} .safetensors files and no index among them; download the folder again")
+    return files
+
+
+def open_weights(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
+
+
+def compare(title: str, source: dict[str, tuple], target: dict[str, tuple], names: dict[str, str | None]) -> None:
+    """Raise ValueError listing unused, missing and misshapen tensors with the closest names, unless all agree one to one.
+
+    source: name -> shape on disk; target: name -> shape in the network; names: disk name -> network name.
+    """
+    reverse = {ours: theirs for theirs, ours in names.items()}
+    unused = [name for name in source if names[name] not in target]
+    missing = [name for name in target if name not in reverse]
+    misshapen = [(theirs, ours) for ours, theirs in reverse.items() if ours in target and source[theirs] != target[ours]]
+
+    def closest(name, among):
+        return (difflib.get_close_matches(name, among, n=1, cutoff=0) or ["nothing"])[0]
+
+    lines = [f"  unused   {name} {source[name]}, closest here: {closest(names[name] or name, missing or target)}" for name in unused]
+    lines += [f"  missing  {name} {target[name]}, closest in the file: {closest(name, unused or source)}" for name in missing]
+    lines += [f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen]
+    if lines:
+        shown = "\n".join(lines[:20] + [f"  and {len(lines) - 20} more"] * (len(lines) > 20))
+        raise ValueError(
+            f"{title}: {len(unused)} tensors unused, {len(missing)} missing, {len(misshapen)} of another shape\n{shown}"
+        )
+
+
+def check_files(folder: Path, network: nn.Module, to_ours, optional: str = r"$^", ignore: tuple = ()) -> list[tuple]:
+    """(file, name on disk, name here) of every tensor, after `compare`; only headers are read. `network` may be on meta."""
+    plan, source = [], {}
+    for path in shards(folder):
+        with open_weights(path) as file:
+            for name in file.keys():
+                if name not in ignore:
+                    source[name] = tuple(file.get_slice(name).get_shape())
+                    plan.append((path, name, to_ours(name)))
+    target = {name: tuple(p.shape) for name, p in network.named_parameters() if not re.fullmatch(optional, name)}
+    compare(str(folder), source, target, {name: to_ours(name) for name in source})
+    return plan
+
+
+def fill(network: nn.Module, plan: list[tuple], dtype: torch.dtype | None) -> None:
+    """Put the planned tensors into a network on the meta device, one by one."""
+    parameters = dict(network.named_parameters())
+    for path in dict.fromkeys(path for path, _, _ in plan):
+        with open_weights(path) as file:
+            for _, theirs, ours in (entry for entry in plan if entry[0] == path):
+                tensor = file.get_tensor(theirs)  # memory-mapped: a cast is the only copy
+                module, _, leaf = ours.rpartition(".")
+                parameter = nn.Parameter(tensor.to(dtype or tensor.dtype), parameters[ours].requires_grad)
+                setattr(network.get_submodule(module), leaf, parameter)
+
+
+def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> DiT:
+    """CogVideoX1.5's transformer with freshly made cue layers, which leave its output unchanged.
+
+    folder: a local copy of the Hugging Face repository (with transformer/ in it). dtype None keeps the file's (bfloat16 on the hub).
+    Raises FileNotFoundError or ValueError: see `compare`.
+    """
+    folder = Path(folder) / "transformer"
+    with torch.device("meta"):
+        model = DiT(dit_config(folder))
+    fill(model, check_files(folder, model, dit_name, optional=CUE_NAMES), dtype)
+    add_cues(model)
+    return model
+
+
+def add_cues(model: DiT) -> None:
+    """Give real memory to cue layers that are still on the meta device, and initialise them."""
+    like = model.patch_embed.weight
+    for part in [model.pose_embed, model.face_embed, *(block.cues for block in model.blocks)]:
+        part.to_empty(device=like.device).to(like.dtype)
+        for norm in (m for m in part.modules() if isinstance(m, nn.LayerNorm)):
+            norm.reset_parameters()
+    model.init_cues()
+
+
+def load_vae(folder: str | Path, dtype: torch.dtype | None = None) -> CausalVAE:
+    """The causal VAE of FOLDER/vae (float32 on the hub), frozen, in eval mode."""
+    folder = Path(folder) / "vae"
+    with torch.device("meta"):
+        vae = CausalVAE(vae_config(folder))
+    fill(vae, check_files(folder, vae, vae_name), dtype)
+    return vae.channels_last().requires_grad_(False).eval()
+
+
+def load_text_encoder(folder: str | Path, dtype: torch.dtype | None = None) -> T5Encoder:
+    """The T5 encoder of FOLDER/text_encoder (float32 on the hub), frozen, in eval mode."""
+    folder = Path(folder) / "text_encoder"
+    with torch.device("meta"):
+        t5 = T5Encoder(t5_config(folder))
+    fill(t5, check_files(folder, t5, t5_name, ignore=(T5_ALIAS,)), dtype)
+    return t5.requires_grad_(False).eval()
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    return Tokenizer(Path(folder) / "tokenizer")
+
+
+# ---- our own files: safetensors with a JSON header ------------------------------------------------------------------------
+
+
+def save_weights(path: str | Path, network: nn.Module, dtype: torch.dtype | None = None, **header) -> None:
+    """Write a network's weights with its config and a header (preset, stage, step, ...); whole or not at all."""
+    path = Path(path)
+    state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in network.named_parameters()}
+    header = {"format": FORMAT, "network": type(network).__name__, "config": asdict(network.config)} | header
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(state, temporary, metadata={"directanimator": json.dumps(header)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path: str | Path) -> dict:
+    """The JSON header of one of our own weights files."""
+    with open_weights(Path(path)) as file:
+        header = (file.metadata() or {}).get("directanimator")
+    if header is None:
+        raise ValueError(f"{path}: no DirectAnimator header; give a weights file that train.py wrote, or a backbone folder with --backbone")
+    header = json.loads(header)
+    if header["format"] != FORMAT:
+        raise ValueError(f"{path}: weights format {header['format']}, this version reads format {FORMAT}")
+    return header
+
+
+def load_weights(path: str | Path, dtype: torch.dtype | None = None, config=None) -> tuple[nn.Module, dict]:
+    """(network, header) from one of our own files. With `config`, every field must agree with the file's."""
+    header = read_header(path)
+    kinds = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
+    network_class, config_class = kinds[header["network"]]
+    stored = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()})
+    for name, value in asdict(config).items() if config else ():
+        if getattr(stored, name) != value:
+            raise ValueError(f"{path}: {name} is {getattr(stored, name)}, but {value} is needed")
+    with torch.device("meta"):
+        network = network_class(stored)
+    with open_weights(Path(path)) as file:
+        source = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    compare(str(path), source, {n: tuple(p.shape) for n, p in network.named_parameters()}, {name: name for name in source})
+    fill(network, [(Path(path), name, name) for name in source], dtype)
+    return (network.channels_last() if isinstance(network, CausalVAE) else network), header
+
+
+# ---- python load_cogvideox.py DIR ----------------------------------------------------------------------------------------
+
+
+def check(folder: Path) -> None:
+    parts = [
+        ("transformer", lambda f: DiT(dit_config(f)), dit_name, CUE_NAMES),
+        ("vae", lambda f: CausalVAE(vae_config(f)), vae_name, r"$^"),
+        ("text_encoder", lambda f: T5Encoder(t5_config(f)), t5_name, r"$^"),
+    ]
+    errors = []
+    for name, build, to_ours, optional in parts:
+        try:
+            with torch.device("meta"):
+                network = build(folder / name)
+            plan = check_files(folder / name, network, to_ours, optional, ignore=(T5_ALIAS,))
+            loaded = {ours for _, _, ours in plan}
+            count = sum(p.numel() for n, p in network.named_parameters() if n in loaded)
+            print(f"{name:13s} {len(plan):5d} tensors, {count:,} parameters: all used, all filled, all shapes equal")
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    try:
+        load_tokenizer(folder)
+        print("tokenizer     whole")
+    except (ValueError, OSError, RuntimeError) as error:
+        errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(errors))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape.")
+    parser.add_argument("folder", type=Path, help="the folder with transformer/, vae/, text_encoder/ and tokenizer/")
+    args = parser.parse_args()
+    try:
+        check(args.folder)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
