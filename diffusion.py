@@ -116,6 +116,8 @@ def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: in
     denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. Paper silent.
     """
     size = min(size, length)
+    if not length % 2 or not size % 2 or stride % 2:
+        raise ValueError(f"windows of {size} latents every {stride} over {length}: length and size must be odd, the stride even")
     starts = sorted({*range(0, length - size, stride), length - size})
     slots = [torch.tensor([0, *range(1 + start, 1 + start + size)]) for start in starts]
     place = (torch.arange(size) + 0.5) / size

@@ -94,15 +94,55 @@ def t5_name(name: str) -> str | None:
     return rename(name, T5_NAMES)
 
 
+# ---- device and number format --------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype, str]:
+    """(device, dtype, the reason in words). Never float16: these networks overflow in it."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device or best)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device} is not here; use {best}") from None
+    if dtype:
+        return chosen, getattr(torch, dtype), f"--dtype {dtype}"
+    if chosen.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return chosen, torch.bfloat16 if fast else torch.float32, f"this GPU {'has' if fast else 'lacks'} bfloat16"
+    if chosen.type == "cpu":
+        fast = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        return chosen, torch.bfloat16 if fast else torch.float32, f"this CPU {'has' if fast else 'lacks'} bfloat16 matrix units (AMX)"
+    return chosen, torch.float32, f"the safe format on {chosen.type}"
+
+
 # ---- config.json -> our config ------------------------------------------------------------------------------------------
 
 
-def read_config(folder: Path, fixed: dict) -> dict:
+class Config(dict):
+    """The fields of a config.json; asking for one that it does not have names the file."""
+
+    def __init__(self, path: Path):
+        super().__init__(read_json(path))
+        self.path = path
+
+    def __missing__(self, name):
+        raise ValueError(f"{self.path}: no field {name}; FOLDER is a local copy of a CogVideoX1.5 repository")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole JSON file ({error}); download or copy it again") from None
+
+
+def read_config(folder: Path, fixed: dict) -> Config:
     """The folder's config.json, whose `fixed` fields must have the values that these networks implement."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; FOLDER is a local copy of a CogVideoX1.5 repository with {folder.name}/ in it")
-    config = json.loads(path.read_text())
+    config = Config(path)
     for name, value in fixed.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} is {config[name]!r}, but this implementation is CogVideoX1.5's: {name}={value!r}")
@@ -174,7 +214,7 @@ def shards(folder: Path) -> list[Path]:
     """The folder's safetensors files: those its index names, or the only one."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        return [folder / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(read_json(indices[0])["weight_map"].values()))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise FileNotFoundError(f"{folder}: {len(files)} .safetensors files and no index among them; download the folder again")
@@ -196,18 +236,20 @@ def compare(title: str, source: dict[str, tuple], target: dict[str, tuple], name
     source: name -> shape on disk; target: name -> shape in the network; names: disk name -> network name.
     """
     reverse = {ours: theirs for theirs, ours in names.items()}
-    unused = [name for name in source if names[name] not in target]
+    unused = [name for name in source if names[name] not in target or reverse[names[name]] != name]
     missing = [name for name in target if name not in reverse]
     misshapen = [(theirs, ours) for ours, theirs in reverse.items() if ours in target and source[theirs] != target[ours]]
 
     def closest(name, among):
         return (difflib.get_close_matches(name, among, n=1, cutoff=0) or ["nothing"])[0]
 
-    lines = [f"  unused   {name} {source[name]}, closest here: {closest(names[name] or name, missing or target)}" for name in unused]
-    lines += [f"  missing  {name} {target[name]}, closest in the file: {closest(name, unused or source)}" for name in missing]
-    lines += [f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen]
+    # finding the closest names is slow: only for what is shown
+    lines = [f"  unused   {name} {source[name]}, closest here: {closest(names[name] or name, missing or target)}" for name in unused[:10]]
+    lines += [f"  missing  {name} {target[name]}, closest in the file: {closest(name, unused or source)}" for name in missing[:10]]
+    lines += [f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen[:10]]
+    more = len(unused) + len(missing) + len(misshapen) - len(lines)
     if lines:
-        shown = "\n".join(lines[:20] + [f"  and {len(lines) - 20} more"] * (len(lines) > 20))
+        shown = "\n".join(lines + [f"  and {more} more"] * (more > 0))
         raise ValueError(
             f"{title}: {len(unused)} tensors unused, {len(missing)} missing, {len(misshapen)} of another shape\n{shown}"
         )
@@ -256,10 +298,10 @@ def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Di
 def add_cues(model: DiT) -> None:
     """Give real memory to cue layers that are still on the meta device, and initialise them."""
     like = model.patch_embed.weight
-    for part in [model.pose_embed, model.face_embed, *(block.cues for block in model.blocks)]:
+    for part in [model.pose_embed, model.face_embed, *(block.cues for block in model.blocks if block.cues is not None)]:
         part.to_empty(device=like.device).to(like.dtype)
-        for norm in (m for m in part.modules() if isinstance(m, nn.LayerNorm)):
-            norm.reset_parameters()
+        for layer in (m for m in part.modules() if hasattr(m, "reset_parameters")):
+            layer.reset_parameters()
     model.init_cues()
 
 
@@ -288,10 +330,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 # ---- our own files: safetensors with a JSON header ------------------------------------------------------------------------
 
 
-def save_weights(path: str | Path, network: nn.Module, dtype: torch.dtype | None = None, **header) -> None:
-    """Write a network's weights with its config and a header (preset, stage, step, ...); whole or not at all."""
+def save_weights(path: str | Path, network: nn.Module, state: dict | None = None, dtype: torch.dtype | None = None, **header) -> None:
+    """Write a network's weights, or other tensors of the same names, with its config and a header (preset, stage, step, ...)."""
     path = Path(path)
-    state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in network.named_parameters()}
+    state = dict(network.named_parameters()) if state is None else state
+    state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in state.items()}
     header = {"format": FORMAT, "network": type(network).__name__, "config": asdict(network.config)} | header
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -319,6 +362,8 @@ def load_weights(path: str | Path, dtype: torch.dtype | None = None, config=None
     kinds = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
     network_class, config_class = kinds[header["network"]]
     stored = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()})
+    if config and type(config) is not config_class:
+        raise ValueError(f"{path}: holds a {header['network']}, which has no {type(config).__name__}")
     for name, value in asdict(config).items() if config else ():
         if getattr(stored, name) != value:
             raise ValueError(f"{path}: {name} is {getattr(stored, name)}, but {value} is needed")
@@ -335,6 +380,8 @@ def load_weights(path: str | Path, dtype: torch.dtype | None = None, config=None
 
 
 def check(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
     parts = [
         ("transformer", lambda f: DiT(dit_config(f)), dit_name, CUE_NAMES),
         ("vae", lambda f: CausalVAE(vae_config(f)), vae_name, r"$^"),
@@ -354,7 +401,7 @@ def check(folder: Path) -> None:
     try:
         load_tokenizer(folder)
         print("tokenizer     whole")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError) as error:
         errors.append(str(error))
     if errors:
         raise ValueError("\n".join(errors))

@@ -309,8 +309,13 @@ class DiT(nn.Module):
             return checkpoint(block, *streams_and_time, use_reentrant=False)
         return block(*streams_and_time)
 
+    def check_depth(self, depth: int):
+        if not 1 <= depth <= len(self.blocks):
+            raise ValueError(f"depth {depth}: this model has blocks 1 to {len(self.blocks)}")
+
     def features(self, latents: Tensor, step: Tensor, text: Tensor, pose: Tensor, face: Tensor, depth: int) -> Tensor:
         """Video tokens leaving block `depth`, counted from 1: (B, N, D). The teacher of Eq. 4; runs no further."""
+        self.check_depth(depth)
         x, c, pose, face, t_emb, rope, _ = self.embed(latents, step, text, pose, face)
         for block in self.blocks[:depth]:
             x, c, pose, face = self.run(block, x, c, pose, face, t_emb, rope)
@@ -333,6 +338,8 @@ class DiT(nn.Module):
         Returns v (B, f, 16, h, w); with tap=d also the video tokens leaving block d, counted from 1, (B, N, D).
         Raises ValueError for odd sizes.
         """
+        if tap is not None:
+            self.check_depth(tap)
         x, c, pose, face, t_emb, rope, grid = self.embed(latents, step, text, pose, face)
         tapped = None
         for depth, block in enumerate(self.blocks, start=1):

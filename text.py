@@ -47,7 +47,10 @@ class Tokenizer:
         path = path / "spiece.model" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such tokenizer; it is a file named spiece.model in the checkpoint's tokenizer folder")
-        self.model = SentencePieceProcessor(model_file=str(path))
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except RuntimeError:
+            raise ValueError(f"{path}: not a sentencepiece model; copy or download it again") from None
 
     def __call__(self, prompts: list[str], length: int = TEXT_LENGTH) -> Tensor:
         """(B, length) int64: at most length-1 pieces, the end mark, then padding."""

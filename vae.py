@@ -37,7 +37,7 @@ class VAEConfig:
 
 VAE_PRESETS = {
     "cogvideox1.5": VAEConfig((128, 256, 256, 512), 3, 16, 32, 0.7),
-    "toy": VAEConfig((24, 48, 64, 96), 1, 16, 8, 0.7),
+    "toy": VAEConfig((16, 32, 48, 48), 1, 16, 8, 0.7),
     "tiny": VAEConfig((8, 8, 16, 16), 1, 16, 4, 0.7),
 }
 
@@ -52,8 +52,8 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, dim, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
-        past = cache[self] if self in cache else x[:, :, :1].expand(-1, -1, 2, -1, -1)
-        x = torch.cat([past, x], dim=2)
+        past = [cache[self]] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would leave channels-last
+        x = torch.cat([*past, x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
 
@@ -124,7 +124,8 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.time and x.shape[2] > 1:  # a clip's first frame stays alone
             first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
-            x = torch.cat([first, (rest[:, :, 0::2] + rest[:, :, 1::2]) / 2], dim=2)
+            rest = (rest[:, :, 0::2] + rest[:, :, 1::2]) / 2
+            x = torch.cat([first, rest], dim=2) if first.shape[2] else rest
         return per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))  # right and bottom only
 
 
@@ -138,7 +139,8 @@ class Upsample(nn.Module):
         x = per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
         if self.time and x.shape[2] > 1:  # repeated after the convolution, which then runs on half the frames
             first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
-            x = torch.cat([first, rest.repeat_interleave(2, dim=2)], dim=2)
+            rest = F.interpolate(rest, scale_factor=(2.0, 1.0, 1.0))
+            x = torch.cat([first, rest], dim=2) if first.shape[2] else rest  # cat with an empty tensor leaves channels-last
         return x
 
 
@@ -251,7 +253,9 @@ class CausalVAE(nn.Module):
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """frames: (B, 3, H, W) each, 8k+1 (or 1) of them -> (mean, logvar) of 1 to 3 latents at a time, (B, f, 16, h, w)."""
         frames = iter(frames)
-        first = next(frames)
+        first = next(frames, None)
+        if first is None:
+            raise ValueError(frame_count_error(0))
         H, W = first.shape[2:]
         if H % 8 or W % 8:
             raise ValueError(f"{W}x{H} pixels: the VAE needs multiples of 8, for example {nearest(W, 8)}x{nearest(H, 8)}")
@@ -320,5 +324,5 @@ def nearest(value: int, multiple: int) -> int:
 
 
 def frame_count_error(frames: int) -> str:
-    low = (frames - 1) // 8 * 8 + 1
-    return f"{frames} frames: the VAE needs 8k+1, for example {low if low > 0 else 1} or {low + 8}"
+    low = max(frames - 1, 0) // 8 * 8 + 1
+    return f"{frames} frames: the VAE needs 8k+1, for example {low} or {low + 8}"

@@ -1,0 +1,903 @@
+"""The Driving Cue Triplet (paper 3.1 and A.2): raw driving video -> Pose Cue, Face Cue, Location Cue.
+
+    Pose Cue      the person on black, gray, low-passed in the frequency domain (Fig. 7): motion, no texture
+    Face Cue      the face, tracked, enlarged and centred on black, in colour: expression and head pose
+    Location Cue  the masks of body and face, aligned to the reference (Eq. 9-12), the body's softened: where
+
+Two passes over the driving video, both in constant memory. `analyse` finds one person and her face in every
+native frame, scores the masks and fits the alignment: a small `Track`. `render` streams the cues from both.
+Two callables do the finding: segmenter(frame, previous mask or None) -> [Person], and face_finder(frame) ->
+(n, 4) boxes; given masks need neither. Boxes are (x0, y0, x1, y1) in pixel centres, as in align.py.
+
+    python cues.py preview ref.png drive.mp4 -o sheet.png        # judge the cues before a GPU is touched
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from align import ALIGN_MODES, PLAUSIBLE_SCALE, align, centre, height, resized, tight_box, transform, warp
+from align import without_strays
+from video import PICTURES, Video, check_output, cover, letterbox, letterbox_box, output_size, read_image
+from video import resize, write_image, write_video
+
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
+DETECTOR_URL = "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
+FILTERS = {"gaussian": lambda r2: np.exp(-r2 / 2), "butterworth": lambda r2: 1 / (1 + r2 ** 4),
+           "ideal": lambda r2: (r2 <= 1).astype(float)}            # gain over (radius / cutoff) ** 2
+
+
+def option(flag: str, default, text: str, *others):
+    choices = (default, *others) if others else None
+    return field(default=default, metadata={"flag": flag, "help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class CueOptions:
+    """What the cues look like, and when a frame is rejected; S1-S7 are the rows of the paper's Table 3."""
+    pose: str = option("--pose-cue", "lowpass", "gray = row S4, rgb = row S3", "gray", "rgb", "none")
+    face: str = option("--face-cue", "centered", "inplace = row S2, none = row S1", "inplace", "none")
+    location: str = option("--location-cue", "soft", "hard = row S7, none = row S6", "hard", "none")
+    kind: str = option("--filter", "gaussian", "shape of the low-pass", "butterworth", "ideal")
+    cutoff: float = option("--cutoff", 0.12, "of the low-pass, as a fraction of the Nyquist frequency")
+    cell: int = option("--soften-cell", 16, "side of a softening cell in pixels; 16 is one token")
+    statistic: str = option("--soften-by", "mean", "what a softening cell takes of its pixels", "max")
+    align: str = option("--align", "height", "match body heights (Eq. 9-12), face heights, or nothing",
+                        *ALIGN_MODES[1:])
+    min_iou: float = option("--min-iou", 0.80, "reject a frame whose mask has a lower predicted IoU")
+    min_stability: float = option("--min-stability", 0.90, "reject a frame whose mask is less stable")
+    max_area_jump: float = option("--max-area-jump", 2.0, "reject a mask so many times its neighbours' size")
+    min_overlap: float = option("--min-overlap", 0.3, "reject a mask that overlaps both neighbours less")
+
+    def __post_init__(self):
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{entry.name}={value!r} is not one of {', '.join(choices)}")
+        if self.cutoff <= 0 or self.cell < 1:
+            raise ValueError(f"cutoff={self.cutoff} must be above 0 and cell={self.cell} at least 1")
+
+
+# ---- Pose Cue: low-pass in the frequency domain (Fig. 7) ----
+
+@lru_cache(maxsize=4)
+def filter_gain(size_y, size_x, cutoff, kind, dtype, device):
+    """The filter on an rfft2 grid, (size_y, size_x // 2 + 1); radius per axis in fractions of Nyquist."""
+    import torch
+    radius2 = (2 * np.fft.fftfreq(size_y))[:, None] ** 2 + (2 * np.fft.rfftfreq(size_x)) ** 2
+    return torch.from_numpy(FILTERS[kind](radius2 / cutoff ** 2)).to(device, dtype)
+
+
+def low_pass(gray, cutoff: float, kind: str = "gaussian"):
+    """(..., H, W) float, numpy or torch -> the same, low-passed; nothing is clipped.
+
+    Mirrored to 2H x 2W (half-sample symmetric), so that the FFT wraps around nothing: feet cut by the lower
+    border do not bleed into the sky. Equals DCT-II, gain, inverse DCT: the mean stays, no coefficient grows.
+    Paper silent: a Gaussian, exp(-r^2 / 2 cutoff^2), which cannot ring; 0.12 is a blur of sigma 2.65 pixels.
+    """
+    import torch
+    from torch import fft
+    if isinstance(gray, np.ndarray):
+        return low_pass(torch.from_numpy(gray), cutoff, kind).numpy()
+    rows, columns = gray.shape[-2:]
+    gain = filter_gain(2 * rows, 2 * columns, cutoff, kind, gray.dtype, gray.device)
+    spectrum = fft.rfft(torch.cat((gray, gray.flip(-1)), -1), dim=-1)                      # (..., H, W + 1)
+    # Mirrored rows have the same spectrum: transforming rows before mirroring columns halves the work.
+    spectrum = fft.fft(torch.cat((spectrum, spectrum.flip(-2)), -2), dim=-2)               # (..., 2H, W + 1)
+    spectrum = fft.ifft(spectrum * gain, dim=-2)[..., :rows, :]
+    return fft.irfft(spectrum, n=2 * columns, dim=-1)[..., :columns]
+
+
+def pose_cue(frame, mask, options: CueOptions, misalign=(1.0, (0, 0))) -> np.ndarray:
+    """Native frame (H0, W0, 3), canvas mask (H, W) -> (3, H, W) float32 in [-1, 1], black background."""
+    rows, columns = mask.shape
+    if options.pose == "rgb":
+        picture = letterbox(frame, rows, columns) * mask[..., None]
+    else:
+        picture = letterbox(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), rows, columns) * mask        # Rec. 601
+    scale, (x, y) = misalign
+    if (scale, x, y) != (1, 0, 0):
+        picture = cv2.warpAffine(picture, np.float64([[scale, 0, x], [0, scale, y]]), (columns, rows))
+    picture = picture.astype(np.float32) / 127.5
+    if options.pose == "lowpass":
+        picture = low_pass(picture, options.cutoff, options.kind)
+    planes = picture.transpose(2, 0, 1) if picture.ndim == 3 else np.repeat(picture[None], 3, 0)
+    return np.clip(planes - 1, -1, 1)                              # only butterworth and ideal overshoot
+
+
+# ---- Location Cue: grid softening ----
+
+def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 0)) -> np.ndarray:
+    """(..., H, W) in [0, 1] -> float32, mean or max of each cell x cell block, bilinear in between.
+
+    Keeps the coarse silhouette and hides the outline, which would leak the driver's shape. Farther than 1.5
+    cells per axis outside the silhouette it is exactly 0, deeper inside exactly 1. `phase` (y, x) shifts the
+    grid; blocks that the border cuts count their own pixels only.
+    Paper silent: the grid; 16 pixels are one token, max is Animate Anyone 2's.
+    """
+    soft = np.asarray(mask, np.float32)
+    for axis, size, offset in zip((-2, -1), soft.shape[-2:], phase):
+        along = lambda values: values[:, None] if axis == -2 else values
+        starts = np.arange(-(offset % cell), size, cell)
+        edges = np.append(starts.clip(0), size)
+        if statistic == "max":
+            blocks = np.maximum.reduceat(soft, edges[:-1], axis)
+        else:
+            blocks = np.add.reduceat(soft, edges[:-1], axis) / along(np.diff(edges).astype(np.float32))
+        position = ((np.arange(size) + 0.5 - starts[0]) / cell - 0.5).clip(0, len(starts) - 1)
+        left = position.astype(int)
+        near, far = blocks.take(left, axis), blocks.take((left + 1).clip(max=len(starts) - 1), axis)
+        soft = near + along((position - left).astype(np.float32)) * (far - near)       # exact where equal
+    return soft
+
+
+# ---- Face Cue: fill, smooth, enlarge, centre ----
+
+def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
+    """(T, 4), NaN = no face. Interpolates gaps of up to `longest` frames; longer ones and both ends stay NaN.
+
+    Paper silent. So does a gap between two profiles (width / height under 0.8 of the median): there the head
+    has turned away and shows hair; it was not missed.
+    """
+    boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))
+    slim = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    for left, right in zip(seen[:-1], seen[1:]):
+        turned_away = max(slim[left], slim[right]) < 0.8 * np.median(slim[seen])
+        if 1 < right - left <= longest + 1 and not turned_away:
+            weight = np.linspace(0, 1, right - left + 1)[1:-1, None]
+            boxes[left + 1:right] = (1 - weight) * boxes[left] + weight * boxes[right]
+    return boxes
+
+
+def face_squares(boxes: np.ndarray, enlarge: float = 1.6, window: int = 5) -> np.ndarray:
+    """(T, 4) face boxes -> (T, 4) squares to crop: larger side x `enlarge`, a bit higher, moving average."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    raw = np.column_stack((centre(boxes) - [0, 0.05] * sides, enlarge * sides.max(1)))     # x, y, side
+    smooth = raw.copy()
+    for index in np.flatnonzero(np.isfinite(boxes[:, 0])):
+        smooth[index] = np.nanmean(raw[max(0, index - window // 2):index + window // 2 + 1], 0)
+    middle, half = smooth[:, :2], smooth[:, 2:] / 2
+    return np.concatenate((middle - half, middle + half), 1)
+
+
+def crop(frame: np.ndarray, box, side: int) -> np.ndarray:
+    """The region `box` of a frame as side x side pixels, black beyond the frame.
+
+    Sub-pixel, since whole-pixel boxes make an enlarged face tremble; shrunk, it is the mean of k x k samples.
+    """
+    k = max(1, int(np.ceil((box[2] - box[0]) / side)))
+    x, y = (box[2:] - box[:2]) / (side * k)
+    matrix = np.float64([[x, 0, box[0] + x / 2], [0, y, box[1] + y / 2]])
+    flags = cv2.WARP_INVERSE_MAP | (cv2.INTER_CUBIC if k == 1 else cv2.INTER_LINEAR)
+    return resize(cv2.warpAffine(frame, matrix, (side * k, side * k), flags=flags), side, side)
+
+
+def face_cue(frame, square, options: CueOptions, canvas) -> np.ndarray:
+    """Native frame, square on the canvas -> (3, H, W) in [-1, 1]; not turned upright, head pose is signal."""
+    rows, columns = canvas
+    picture = np.zeros((rows, columns, 3), np.uint8)
+    if options.face == "inplace":
+        picture[pixels(square)] = letterbox(frame, rows, columns)[pixels(square)]
+    else:
+        side = round(0.9 * min(rows, columns))
+        y, x = (rows - side) // 2, (columns - side) // 2
+        picture[y:y + side, x:x + side] = crop(frame, to_canvas(square, frame.shape, canvas, back=True), side)
+    return picture.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+
+
+# ---- Boxes and blobs ----
+
+def pixels(box) -> tuple[slice, slice]:
+    """The pixels whose centres lie in a box, as an index; what hangs over the frame is left out."""
+    x0, y0 = np.ceil(box[:2]).clip(0).astype(int)
+    x1, y1 = np.floor(box[2:]).clip(-1).astype(int) + 1
+    return np.s_[y0:y1, x0:x1]
+
+
+def grown(box: np.ndarray, share: float) -> np.ndarray:
+    pad = share * (box[2:] - box[:2])
+    return np.concatenate((box[:2] - pad, box[2:] + pad))
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """0 where one of them is NaN."""
+    area = lambda low, high: np.prod(np.maximum(high - low, 0))
+    shared = area(np.maximum(a[:2], b[:2]), np.minimum(a[2:], b[2:]))
+    return float(np.nan_to_num(shared / (area(a[:2], a[2:]) + area(b[:2], b[2:]) - shared + 1e-9)))
+
+
+def to_canvas(boxes, source_shape, canvas, back: bool = False) -> np.ndarray:
+    """Boxes (..., 4) of a native frame -> where the letterbox puts them on the canvas, or back."""
+    scale_x, scale_y, x0, y0 = letterbox_box(*source_shape[:2], *canvas)
+    scale, offset = np.array([scale_x, scale_y] * 2), np.array([x0, y0] * 2)
+    return (boxes + 0.5 - offset) / scale - 0.5 if back else (boxes + 0.5) * scale + offset - 0.5
+
+
+def blobs(mask: np.ndarray, most: int) -> list[np.ndarray]:
+    """Connected components, largest first."""
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(np.uint8(mask))
+    order = np.argsort(-stats[1:, cv2.CC_STAT_AREA]) + 1                   # label 0 is the background
+    return [labels == label for label in order[:most]]
+
+
+# ---- Perception: who is where ----
+
+class Person(NamedTuple):
+    mask: np.ndarray           # (H0, W0) bool, native pixels
+    predicted_iou: float       # the segmenter's own opinion of the mask, 0 to 1
+    stability: float           # IoU of the masks cut a little above and a little below the threshold
+
+
+class PersonNet:
+    """A segmenter from a person-mask network, (1, 3, h, w) RGB in [0, 1] -> (1, 1, h, w) in [0, 1]: a .tflite
+    of 256 x 256, such as MediaPipe's selfie_segmentation, run by cv2.dnn, or an .onnx, run by onnxruntime.
+
+    Every frame is looked at whole and cropped to the person, and averaged: the crop sees limbs of a small
+    person that the whole frame loses. Such nets mark pixels, not persons; people who touch are kept apart by
+    giving each pixel to the nearest of the masks of the frame before.
+    """
+
+    def __init__(self, path: str | Path):
+        path, self.size, self.people = Path(path), (256, 256), []
+        try:
+            if path.suffix == ".tflite":
+                net = cv2.dnn.readNetFromTFLite(str(path))
+                self.run = lambda x: (net.setInput(x), net.forward())[1]
+            else:
+                import onnxruntime as ort
+                session = ort.InferenceSession(str(path), providers=ort.get_available_providers())
+                entry = session.get_inputs()[0]
+                self.size, self.run = tuple(entry.shape[2:]), lambda x: session.run(None, {entry.name: x})[0]
+        except Exception as error:                                 # cv2, onnxruntime: own classes
+            raise ValueError(f"--segmenter {path} is no readable .tflite or .onnx ({brief(error)})") from None
+
+    def look(self, frame) -> np.ndarray:
+        """(H0, W0, 3) -> (H0, W0), how sure each pixel is a person's."""
+        small = resize(frame, *self.size).astype(np.float32).transpose(2, 0, 1) / 255
+        chance = self.run(np.ascontiguousarray(small[None])).reshape(self.size)
+        return cv2.resize(chance, frame.shape[1::-1])
+
+    def __call__(self, frame, previous=None) -> list[Person]:
+        chance = self.look(frame)
+        where = tight_box(chance > 0.5 if previous is None else previous)
+        if np.isfinite(where).all():
+            near = pixels(grown(where, 0.15))
+            chance[near] = (chance[near] + self.look(frame[near])) / 2
+        marked, rows = chance > 0.5, lambda mask: mask.any(1).sum()
+        # Two sure cores, each about as tall as all there is, are two people; chest and legs of one are not.
+        cores = [core for core in blobs(chance > 0.9, 8) if rows(core) > 0.6 * rows(marked)]
+        known = [] if previous is None else self.people
+        seeds = cores if len(cores) > 1 and len(cores) >= len(known) else known
+        owner = np.zeros(marked.shape, int)
+        if len(seeds) > 1:
+            owner = np.argmin([cv2.distanceTransform(np.uint8(~seed), cv2.DIST_L2, 3) for seed in seeds], 0)
+        reach = np.ones((len(frame) // 100 + 1,) * 2, np.uint8)    # bridges a lost wrist, not far dirt
+        people = []
+        for k in range(max(1, len(seeds))):
+            mask = marked & (owner == k)
+            if mask.any():
+                mask &= blobs(cv2.dilate(np.uint8(mask), reach), 1)[0]
+                sure, perhaps = ((chance[owner == k] > level).sum() for level in (0.55, 0.45))
+                people.append(Person(mask, float(chance[mask].mean()), float(sure / perhaps)))
+        self.people = [person.mask for person in people]
+        return people
+
+
+def brief(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:100] or type(error).__name__
+
+
+def fetched(url: str, sha256: str) -> Path:
+    """The file of `url` in torch's hub cache, downloaded once: progress bar, temporary name, rename."""
+    import torch
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{path.name} cannot be fetched ({brief(error)}): put {url} at {path}, or give "
+                          "masks with --masks DIR and --reference-mask FILE") from None
+    return path
+
+
+def load_sam(checkpoint: str | Path | None = None):
+    import torch
+    from segment_anything import SamPredictor, sam_model_registry
+    path, model = Path(checkpoint or fetched(SAM_URL, "ec2df627")), sam_model_registry["vit_b"]()
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:                                     # unpickling fails in many ways
+        raise ValueError(f"--sam {path} does not hold segment-anything's ViT-B ({brief(error)})") from None
+    return SamPredictor(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_person_detector() -> Callable:
+    """frame -> (n, 4) boxes of people, COCO's class 1, by torchvision's Faster R-CNN."""
+    import torch
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    weights = torch.load(fetched(DETECTOR_URL, "258fb6c6"), map_location=device, weights_only=True)
+    model.load_state_dict(weights)
+    model.eval().to(device)
+
+    @torch.inference_mode()
+    def detect(frame) -> np.ndarray:
+        found = model([torch.from_numpy(frame).to(device).permute(2, 0, 1) / 255])[0]
+        return found["boxes"][(found["labels"] == 1) & (found["scores"] > 0.5)].cpu().numpy() - 0.5
+    return detect
+
+
+class Sam:
+    """The default segmenter: segment-anything ViT-B, prompted with a person box, one mask a box.
+
+    Boxes come from the detector on every `every`-th frame, in between from the previous mask, grown by 10 %.
+    """
+
+    def __init__(self, checkpoint: str | Path | None = None, every: int = 8, predictor=None, detector=None):
+        self.every, self.calls = every, 0
+        self.predictor = predictor or load_sam(checkpoint)
+        self.detector = detector or load_person_detector()
+
+    def __call__(self, frame, previous=None) -> list[Person]:
+        self.calls = 0 if previous is None else self.calls + 1
+        boxes = list(self.detector(frame)) if self.calls % self.every == 0 else []
+        if previous is not None:
+            last = tight_box(previous)
+            near = [box for box in boxes if box_iou(box, last) > 0.3]      # the others are somebody else
+            boxes = [max(near, key=lambda box: box_iou(box, last), default=grown(last, 0.1))]
+        if boxes:
+            self.predictor.set_image(frame)
+        people = []
+        for box in boxes:
+            logits, iou, _ = self.predictor.predict(box=box, multimask_output=False, return_logits=True)
+            stability = (logits > 1).sum() / max((logits > -1).sum(), 1)
+            people.append(Person(without_strays(logits[0] > 0), float(iou[0]), float(stability)))
+        return people
+
+
+def load_yunet(path: Path) -> Callable:
+    net = cv2.FaceDetectorYN.create(str(path), "", (320, 320), 0.6, 0.3)
+
+    def detect(bgr) -> np.ndarray:
+        net.setInputSize(bgr.shape[1::-1])
+        found = net.detect(bgr)[1]                                 # (n, 15): x, y, width, height, ...
+        return np.empty((0, 4)) if found is None else np.hstack((found[:, :2], found[:, :2] + found[:, 2:4]))
+    return detect
+
+
+def load_scrfd(path: Path) -> Callable:
+    import onnxruntime
+    from insightface.app import FaceAnalysis
+    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    app = FaceAnalysis(str(path.resolve() if path.is_dir() else path), allowed_modules=["detection"],
+                       providers=["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"])
+    app.prepare(ctx_id=0 if cuda else -1, det_thresh=0.5, det_size=(640, 640))
+    return lambda bgr: np.array([face.bbox for face in app.get(bgr)]).reshape(-1, 4)
+
+
+class FaceFinder:
+    """(H0, W0, 3) uint8 RGB -> (n, 4) face boxes, by YuNet for an .onnx file, else by insightface's SCRFD.
+
+    model: an insightface model folder or the name of a pack; the default, buffalo_l, is fetched once by
+    insightface and for non-commercial research only. A face that fills the frame is found on a padded frame;
+    that is tried until a small face was seen, since it also finds faces in hair.
+    """
+
+    def __init__(self, model: str | Path | None = None):
+        self.small, path = False, Path(model or "buffalo_l")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.detect = load_yunet(path) if path.suffix == ".onnx" else load_scrfd(path)
+        except Exception as error:                                 # insightface asserts
+            raise OSError(f"the face detector {path} can be neither loaded nor fetched ({brief(error)})"
+                          ": give --face-model an insightface model folder or a YuNet .onnx") from None
+
+    def __call__(self, frame) -> np.ndarray:
+        bgr, pad = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), max(frame.shape) // 4
+        boxes = self.detect(bgr)
+        if len(boxes):
+            self.small = (boxes[:, 2] - boxes[:, 0]).max() < min(frame.shape[:2]) / 4
+        elif not self.small:
+            boxes = self.detect(cv2.copyMakeBorder(bgr, pad, pad, pad, pad, cv2.BORDER_CONSTANT)) - pad
+        return boxes - 0.5                                         # from pixel edges to pixel centres
+
+
+def paint_mask(body: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
+    """Bool masks (H, W) -> the picture that --masks reads, (H, W, 3) uint8: person white, face red."""
+    picture = np.repeat(np.uint8(body)[..., None] * 255, 3, -1)
+    if face is not None:
+        picture[face] = 255, 0, 0
+    return picture
+
+
+def read_mask(picture: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture of `paint_mask` -> body mask, face box (NaN: no red); half-way levels, for lossy codecs."""
+    if not 0.8 < picture.shape[1] * rows / (picture.shape[0] * columns) < 1.25:
+        raise ValueError(f"a mask is {picture.shape[1]}x{picture.shape[0]} but its picture {columns}x{rows}: "
+                         "give it that shape")
+    picture = cover(picture, rows, columns).astype(int)            # cut as the reference was
+    return picture[..., 0] > 127, tight_box(picture[..., 0] - picture[..., 1:].max(-1) > 127)
+
+
+@dataclass
+class Finder:
+    """finder(frames) yields (frame, Person, face box or NaN) and keeps ONE person through all frames.
+
+    person: the Nth from the left, from 1, of the first frame with anybody; default the largest, most central.
+    masks: mask pictures, one a frame, re-iterable, in place of the segmenter (and of a face_finder of None);
+    reference_mask: the reference's.
+    """
+    segmenter: Callable | None = None
+    face_finder: Callable | None = None
+    person: int | None = None
+    masks: Iterable[np.ndarray] | None = None
+    reference_mask: np.ndarray | None = None
+
+    @property
+    def reference(self) -> "Finder":
+        """The finder for the reference image, or for a clip of it alone."""
+        mask = self.reference_mask
+        if mask is None and self.segmenter is None:
+            raise ValueError("the reference has no mask: give --reference-mask FILE beside --masks")
+        return Finder(self.segmenter, self.face_finder, None, None if mask is None else [mask], mask)
+
+    def __call__(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Person, np.ndarray]]:
+        previous, last_face = None, np.full(4, np.nan)
+        pairs = zip_longest(frames, self.masks) if self.masks is not None else ((f, None) for f in frames)
+        for index, (frame, mask) in enumerate(pairs):
+            face = np.full(4, np.nan)
+            if self.masks is None:
+                person = choose(self.segmenter(frame, previous), previous, frame.shape, self.person)
+            elif frame is None or mask is None:
+                raise ValueError(f"masks and driving frames part after {index}: give one mask for each frame")
+            else:
+                body, face = read_mask(mask, *frame.shape[:2])
+                person = Person(body, 1.0, 1.0)
+            if self.face_finder is not None:
+                face = choose_face(self.face_finder(frame), person.mask, last_face)
+            previous = person.mask if person.mask.any() else previous
+            last_face = face if np.isfinite(face).all() else last_face
+            yield frame, person, face
+
+
+def choose(people: list[Person], previous, shape, number: int | None) -> Person:
+    """The person of the frame before; at first the Nth from the left, or the largest and most central."""
+    if not people:
+        return Person(np.zeros(shape[:2], bool), 0.0, 0.0)
+    if previous is not None:
+        return max(people, key=lambda person: (person.mask & previous).sum())
+    if number is None:
+        away = lambda mask: np.abs(centre(tight_box(mask)) / shape[1::-1] - 0.5).max()
+        return max(people, key=lambda person: person.mask.sum() * (1 - away(person.mask)))
+    if number > len(people):
+        raise ValueError(f"--person {number}: the first frame with anybody shows {len(people)}")
+    return sorted(people, key=lambda person: tight_box(person.mask)[0])[number - 1]
+
+
+def choose_face(boxes: np.ndarray, mask: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The face that lies on the person's mask and on her last face; NaN where the best hardly does."""
+    score = [mask[pixels(box)].sum() / max(mask[pixels(box)].size, 1) + box_iou(box, last) for box in boxes]
+    return boxes[np.argmax(score)].astype(float) if score and max(score) > 0.5 else np.full(4, np.nan)
+
+
+# ---- Pass 1: analyse ----
+
+@dataclass
+class Track:
+    """What pass 1 knows of a clip of T frames; coordinates in pixels of the canvas: the reference's size."""
+    canvas: tuple[int, int]
+    source: tuple[int, int]        # height, width of the native frames
+    masks: list[bytes]             # T person masks on the canvas, bits packed, zlib: about 1.5 kB each
+    body_boxes: np.ndarray         # (T, 4), NaN = nobody
+    face_boxes: np.ndarray         # (T, 4) as detected, short gaps filled, NaN = no face
+    face_squares: np.ndarray       # (T, 4) smoothed, what the Face Cue shows
+    scores: np.ndarray             # (T, 4): predicted IoU; stability; area / median area of 31 frames around;
+                                   # overlap = IoU with the better of both neighbours, centres aligned
+    accepted: np.ndarray           # (T,) bool
+    reference_box: np.ndarray      # (4,) the reference's body, NaN where nothing is aligned
+    scale: float = 1.0
+    shift_xy: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    warnings: list[str] = field(default_factory=list)
+
+    def mask(self, index: int) -> np.ndarray:
+        rows, columns = self.canvas
+        bits = np.frombuffer(zlib.decompress(self.masks[index]), np.uint8)
+        return np.unpackbits(bits, count=rows * columns).reshape(rows, columns).astype(bool)
+
+    def presence(self) -> np.ndarray:
+        """(H, W), the share of accepted frames with the person at a pixel, for `align.misalignment`."""
+        kept = np.flatnonzero(self.accepted)
+        return sum(self.mask(index).astype(np.float32) for index in kept) / len(kept)
+
+    def summary(self) -> str:
+        """One line of numbers, then one line for each warning."""
+        faces, (x, y) = np.isfinite(self.face_boxes[:, 0]).sum(), self.shift_xy
+        return "\n".join([f"{self.accepted.sum()} of {len(self.accepted)} frames accepted, face in {faces}, "
+                          f"scale {self.scale:.2f}, shift ({x:+.0f}, {y:+.0f}) pixels",
+                          *(f"Warning: {line}" for line in self.warnings)])
+
+    def save(self, path: str | Path) -> None:
+        """One .npz without pickles, written to a temporary name, then renamed."""
+        ends = np.cumsum([len(mask) for mask in self.masks])
+        parts = vars(self) | {"masks": np.frombuffer(b"".join(self.masks), np.uint8), "ends": ends}
+        part = Path(f"{path}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as file:
+                np.savez(file, **parts)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Track":
+        with np.load(path) as file:
+            parts = dict(file)
+        data, ends = parts.pop("masks").tobytes(), parts.pop("ends").tolist()
+        parts["masks"] = [data[start:end] for start, end in zip([0, *ends], ends)]
+        for name, kind in (("canvas", tuple), ("source", tuple), ("scale", float), ("warnings", list)):
+            parts[name] = kind(parts[name].tolist())
+        return cls(**parts)
+
+
+def faults(track: Track, options: CueOptions) -> dict[str, np.ndarray]:
+    """Why frames are rejected: reason -> (T,) bool. Paper silent: the scores and their thresholds.
+
+    A clip of one frame has no neighbours to lean on, so there only an empty mask counts.
+    """
+    nobody, (predicted_iou, stability, jump, overlap) = np.isnan(track.body_boxes[:, 0]), track.scores.T
+    if len(nobody) == 1:
+        return {"nobody": nobody}
+    jump = np.maximum(jump, 1 / np.maximum(jump, 1e-9))
+    return {"nobody": nobody, "predicted IoU": predicted_iou < options.min_iou,
+            "stability": stability < options.min_stability, "area jump": jump > options.max_area_jump,
+            "overlap": overlap < options.min_overlap}
+
+
+def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
+            options: CueOptions = CueOptions(), progress: Callable = iter) -> Track:
+    """Pass 1 over `source`, (H0, W0, 3) uint8 RGB frames, for the canvas of `reference`, (H, W, 3) uint8.
+
+    Perception sees native pixels; masks and boxes are then letterboxed onto the canvas. `progress` may wrap
+    the frames. ValueError: an empty clip, no frame accepted, or a reference that shows nobody to align to.
+    """
+    canvas, masks, bodies, faces, scores, colours = reference.shape[:2], [], [], [], [], []
+    for frame, person, face in find(progress(source)):
+        mask = without_strays(letterbox(np.uint8(person.mask) * 255, *canvas) > 127)
+        body, overlap = tight_box(mask), 0.0
+        if bodies and np.isfinite([body, bodies[-1]]).all():
+            moved = warp(last_mask, 1.0, centre(body) - centre(bodies[-1]))
+            overlap = (moved & mask).sum() / (moved | mask).sum()
+        masks.append(zlib.compress(np.packbits(mask)))
+        bodies.append(body)
+        faces.append(to_canvas(face, frame.shape, canvas))
+        scores.append((person.predicted_iou, person.stability, mask.sum(), overlap))
+        histogram = cv2.calcHist([resize(frame, 64, 64)], [0, 1, 2], None, [8] * 3, [0, 256] * 3)
+        colours.append(histogram.ravel() / 64 ** 2)
+        last_mask, source_size = mask, frame.shape[:2]
+    if not masks:
+        raise ValueError("the driving video has no frames")
+    scores, face_boxes = np.array(scores, float), fill_gaps(np.array(faces))
+    area = np.where(scores[:, 2] > 0, scores[:, 2], np.nan)
+    scores[:, 2] = [n / np.nanmedian(area[max(0, k - 15):k + 16]) if n > 0 else 0 for k, n in enumerate(area)]
+    scores[:, 3] = np.maximum(scores[:, 3], np.append(scores[1:, 3], 0))
+    track = Track(canvas, source_size, masks, np.array(bodies), face_boxes, face_squares(face_boxes), scores,
+                  np.ones(len(masks), bool), np.full(4, np.nan))
+    rejected = faults(track, options)
+    track.accepted = ~np.any(list(rejected.values()), 0)
+    if not track.accepted.any():
+        worst = max(rejected, key=lambda reason: rejected[reason].sum())
+        raise ValueError(f"none of the {len(masks)} driving frames is accepted; "
+                         f"{rejected[worst].sum()} fail for: {worst}")
+    reference_face = np.full(4, np.nan)
+    if options.align != "none":
+        _, person, reference_face = next(find.reference([reference]))
+        track.reference_box = tight_box(without_strays(person.mask))
+        track.scale, track.shift_xy = align(options.align, track.reference_box, track.body_boxes,
+                                            reference_face, face_boxes, track.accepted)
+    track.warnings = complaints(track, reference_face, np.array(colours))
+    return track
+
+
+def complaints(track: Track, reference_face: np.ndarray, colours: np.ndarray) -> list[str]:
+    """What a person should look at before spending GPU hours, in words."""
+    lines, kept, seen = [], track.accepted, np.isfinite(track.face_boxes[:, 0])
+    if kept.mean() < 0.5:
+        lines.append(f"{(~kept).sum()} of {len(kept)} driving frames are rejected: motion there is guessed")
+    for index in np.flatnonzero(np.abs(np.diff(colours, axis=0)).sum(1) / 2 > 0.5):
+        lines.append(f"frame {index + 1} looks like a cut: give one shot at a time")
+    if not seen.any():
+        lines.append("no face was found in the driving video: the Face Cue is black throughout")
+    if np.isnan(track.reference_box).any():
+        return lines                                               # nothing was aligned
+    if np.isnan(reference_face).any():
+        lines.append("no face was found in the reference")
+    low, high = PLAUSIBLE_SCALE
+    if not low <= track.scale <= high:
+        lines.append(f"scale {track.scale:.2f} is outside [{low:g}, {high:g}]: crop the video or the "
+                     "reference, so that both persons fill their pictures alike")
+    if (kept & seen).any() and np.isfinite(reference_face).all():
+        heads = height(track.body_boxes[kept & seen]) / height(track.face_boxes[kept & seen])
+        ratio = height(track.reference_box) / height(reference_face) / np.median(heads)
+        if max(ratio, 1 / ratio) > 1.6:
+            more, less = ("reference", "driving video") if ratio > 1 else ("driving video", "reference")
+            lines.append(f"half body against full body: the {more} shows more of the person than the {less}, "
+                         "so equal heights misplace her; try --align face")
+    return lines
+
+
+# ---- Pass 2: render ----
+
+def render(source: Iterable[np.ndarray], track: Track, size: tuple[int, int] | None = None,
+           options: CueOptions = CueOptions(), drop: np.ndarray | None = None,
+           misalign: tuple | None = None) -> Iterator[tuple]:
+    """Pass 2: stream (pose (3, H, W), face (3, H, W), body_mask (1, H, W), face_mask (1, H, W)), float32.
+
+    Cues lie in [-1, 1], -1 where there is nothing; masks in [0, 1]. A rejected frame has a black pose and the
+    mask of the nearest accepted one ("rely on adjacent results"); without a face its cue and mask are empty.
+    size: (H, W) of the canvas's aspect, default the canvas. drop: (T,) bool, blanks more poses. misalign:
+    (scale, shift_xy) on the canvas, moves the person before the low-pass and nothing else (A.2, training).
+    """
+    rows, columns = size = size or track.canvas
+    if rows * track.canvas[1] != columns * track.canvas[0]:
+        raise ValueError(f"size {columns}x{rows} has another aspect than the {track.canvas[1]}x"
+                         f"{track.canvas[0]} for which the clip was analysed")
+    ratio, nothing = rows / track.canvas[0], np.full((3, *size), -1, np.float32)
+    scale, shift_xy = resized(track.scale, track.shift_xy, ratio)
+    misalign = resized(*misalign, ratio) if misalign else (1.0, (0, 0))
+    squares, face_boxes = ((boxes + 0.5) * ratio - 0.5 for boxes in (track.face_squares, track.face_boxes))
+    face_boxes = transform(face_boxes, scale, shift_xy)
+    kept, blank = np.flatnonzero(track.accepted), ~track.accepted | (False if drop is None else drop)
+    for index, (frame, packed) in enumerate(zip_longest(source, track.masks)):
+        if frame is None or packed is None:
+            raise ValueError(f"the driving video has not the {len(blank)} frames that were analysed")
+        mask = track.mask(kept[np.abs(kept - index).argmin()])
+        if ratio != 1:
+            mask = resize(np.uint8(mask) * 255, *size) > 127
+        pose, face = nothing, nothing
+        if not blank[index] and options.pose != "none":
+            pose = pose_cue(frame, mask, options, misalign)
+        body, face_mask = warp(mask, scale, shift_xy).astype(np.float32), np.zeros(size, np.float32)
+        if options.location == "soft":
+            body = grid_soften(body, options.cell, options.statistic)
+        if options.face != "none" and np.isfinite(squares[index]).all():
+            face = face_cue(frame, squares[index], options, size)
+            face_mask[pixels(face_boxes[index])] = 1
+        located = options.location != "none"
+        yield pose, face, body[None] * located, face_mask[None] * located
+
+
+@dataclass
+class Cues:
+    """The triplet of a short clip, stacked; ranges as in `render`."""
+    pose: np.ndarray               # (T, 3, H, W)
+    face: np.ndarray               # (T, 3, H, W)
+    body_mask: np.ndarray          # (T, 1, H, W)
+    face_mask: np.ndarray          # (T, 1, H, W)
+
+    def frames(self) -> Iterator[tuple]:
+        """As `render` streams them."""
+        return zip(self.pose, self.face, self.body_mask, self.face_mask)
+
+
+def extract(frames, reference: np.ndarray, find: Finder, options: CueOptions = CueOptions()) -> Cues:
+    """Both passes over frames that fit in memory.
+
+    `extract(reference[None], reference, find.reference)` is slot 0, the reference's own cues; its mask is
+    fitted to itself, so the alignment is the identity.
+    """
+    track = analyse(frames, reference, find, options)
+    return Cues(*map(np.stack, zip(*render(frames, track, options=options))))
+
+
+# ---- python cues.py preview ----
+
+INK, DIM, GREEN, RED = (235, 235, 235), (150, 150, 150), (90, 210, 120), (255, 90, 80)
+AMBER, TEAL, WIDTH, GAP = (255, 190, 60), (0, 190, 190), 1600, 8
+
+
+def panel(rows: int, columns: int, lines: Iterable[tuple] = ()) -> np.ndarray:
+    """A dark panel with lines of (text, x, y, colour)."""
+    picture = np.full((rows, columns, 3), 28, np.uint8)
+    for text, x, y, colour in lines:
+        cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
+    return picture
+
+
+def strip(width: int, cells: dict[str, np.ndarray]) -> np.ndarray:
+    """Pictures side by side at one height, so that they fill `width`, each under its title."""
+    aspect = sum(cell.shape[1] / cell.shape[0] for cell in cells.values())
+    rows = int((width - GAP * (len(cells) + 1)) / aspect)
+    shown = [resize(cell, rows, rows * cell.shape[1] // cell.shape[0]) for cell in cells.values()]
+    lefts = np.cumsum([GAP] + [cell.shape[1] + GAP for cell in shown]).tolist()
+    out = panel(rows + 26, width, [(title, x, 18, DIM) for title, x in zip(cells, lefts)])
+    for cell, x in zip(shown, lefts):
+        out[26:, x:x + cell.shape[1]] = cell
+    return out
+
+
+def draw_box(picture: np.ndarray, box, colour) -> None:
+    if np.isfinite(box).all():
+        x0, y0, x1, y1 = np.round(box).astype(int).tolist()
+        cv2.rectangle(picture, (x0, y0), (x1, y1), colour, 1, cv2.LINE_AA)
+
+
+def draw_frame(index, frame, cues, track: Track, reference, rejected: dict, fps, width: int) -> np.ndarray:
+    """Driving frame with mask and boxes, Pose Cue, Face Cue, Location Cue on the reference, the scores."""
+    pose, face, body, face_mask = cues
+    reasons = [reason for reason, bad in rejected.items() if bad[index]]
+    state, colour = ("REJECTED: " + ", ".join(reasons), RED) if reasons else ("accepted", GREEN)
+    driving, edge = letterbox(frame, *track.canvas), np.ones((3, 3), np.uint8)
+    driving[cv2.morphologyEx(np.uint8(track.mask(index)), cv2.MORPH_GRADIENT, edge) > 0] = colour
+    draw_box(driving, track.body_boxes[index], INK)
+    draw_box(driving, track.face_boxes[index], AMBER)
+    placed = reference.astype(np.float32)
+    for mask, tint in ((body, TEAL), (face_mask, AMBER)):
+        placed += 0.6 * mask.transpose(1, 2, 0) * (np.float32(tint) - placed)
+    placed = placed.astype(np.uint8)
+    draw_box(placed, track.reference_box, INK)
+    pose, face = (np.round((cue.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8) for cue in (pose, face))
+    words = "predicted IoU {:.2f}   stability {:.2f}   area x{:.2f}   overlap {:.2f}"
+    words = words.format(*track.scores[index])
+    words += "   face" if np.isfinite(track.face_boxes[index]).all() else "   NO FACE"
+    return np.vstack((strip(width, {"driving, mask, boxes": driving, "Pose Cue": pose, "Face Cue": face,
+                                    "Location Cue on reference": placed}),
+                      panel(50, width, [(f"frame {index}   {index / fps:.2f} s   {state}", GAP, 18, colour),
+                                        (words, GAP, 38, DIM)])))
+
+
+def draw_filter(frame, mask, options: CueOptions) -> np.ndarray:
+    """Fig. 7: foreground, gray, low-passed, the patch that loses most detail, log spectra of both."""
+    foreground = letterbox(frame, *mask.shape) * mask[..., None]
+    gray = cv2.cvtColor(foreground, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    smooth, side = low_pass(gray, options.cutoff, options.kind), min(mask.shape) // 6
+    lost = np.square(gray - smooth) * cv2.erode(np.uint8(mask), np.ones((9, 9), np.uint8))
+    lost = cv2.blur(lost, (side, side), anchor=(0, 0))[:-side, :-side]
+    y, x = np.unravel_index(lost.argmax(), lost.shape)
+    window = np.outer(np.hanning(mask.shape[0]), np.hanning(mask.shape[1]))      # or the border draws a cross
+    spectra = [np.fft.fftshift(np.log1p(np.abs(np.fft.fft2(p * window)))) for p in (gray, smooth)]
+    spectra = [cv2.applyColorMap(np.uint8(255 * s / spectra[0].max()), cv2.COLORMAP_VIRIDIS)[..., ::-1]
+               for s in spectra]
+    shown = [np.repeat(p.clip(0, 255).astype(np.uint8)[..., None], 3, -1) for p in (gray, smooth)]
+    patches = [p[y:y + side, x:x + side].repeat(4, 0).repeat(4, 1) for p in shown]
+    for picture in shown:
+        draw_box(picture, np.array([x, y, x + side, y + side]), AMBER)
+    detail = [np.square(p - low_pass(p, options.cutoff, "ideal")).sum() for p in (gray, smooth)]
+    return strip(WIDTH, {"foreground": foreground, "gray": shown[0],
+                         f"{options.kind} low-pass, {options.cutoff:g}": shown[1],
+                         "before, after": np.vstack(patches), "log spectrum": spectra[0],
+                         f"after: {1 - detail[1] / max(detail[0], 1e-9):.0%} of detail gone": spectra[1]})
+
+
+def draw_header(title: str, track: Track, rejected: dict) -> np.ndarray:
+    """Scale, shift, warnings, rejected frames by reason, and a bar with one column a frame."""
+    lines = [(line, AMBER if line.startswith("Warning") else INK)
+             for line in [title, *track.summary().split("\n")]]
+    for reason, bad in rejected.items():
+        if bad.any():
+            frames = ", ".join(map(str, np.flatnonzero(bad)[:25])) + (", ..." if bad.sum() > 25 else "")
+            lines.append((f"Rejected for {reason}: {bad.sum()} ({frames})", RED))
+    out = panel(26 * len(lines) + 58, WIDTH,
+                [(text, GAP, 30 + 26 * k, colour) for k, (text, colour) in enumerate(lines)]
+                + [("above: accepted; below: face", WIDTH - 215, 26 * len(lines) + 38, DIM)])
+    accepted = np.where(track.accepted[:, None], GREEN, RED)
+    faces = np.where(np.isfinite(track.face_boxes[:, :1]), AMBER, (60,) * 3)
+    bar = np.stack((accepted, faces)).astype(np.uint8)
+    out[-36:-16, GAP:-230] = cv2.resize(bar, (WIDTH - 230 - GAP, 20), interpolation=cv2.INTER_NEAREST)
+    return out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that makes cues (and has --fps); `finders` and `options` read them."""
+    group = parser.add_argument_group("who drives")
+    for flag, metavar, text in (
+            ("--segmenter", "FILE", "person-mask network (.tflite or .onnx) in place of segment-anything"),
+            ("--sam", "FILE", "segment-anything's ViT-B weights; fetched once if not given"),
+            ("--masks", "PATH", "folder, video or picture of masks, one a driving frame, in place of both "
+                                "networks: person white, face red"),
+            ("--reference-mask", "FILE", "the same for the reference"),
+            ("--face-model", "PATH", "insightface folder or YuNet .onnx; buffalo_l, fetched, if not given")):
+        group.add_argument(flag, metavar=metavar, help=text)
+    group.add_argument("--person", type=int, metavar="N", help="follow the Nth from the left")
+    group = parser.add_argument_group("cues")
+    for entry in fields(CueOptions):
+        about = entry.metadata
+        group.add_argument(about["flag"], dest=entry.name, type=type(entry.default), default=entry.default,
+                           choices=about["choices"], help=about["help"])
+
+
+def options(args: argparse.Namespace) -> CueOptions:
+    return CueOptions(**{entry.name: getattr(args, entry.name) for entry in fields(CueOptions)})
+
+
+def finders(args: argparse.Namespace) -> Finder:
+    if args.segmenter and args.sam:
+        raise ValueError("--segmenter and --sam are two segmenters: give one")
+    if args.masks and args.person is not None:
+        raise ValueError("--person chooses among people, and --masks has chosen already: give one")
+    if args.person is not None and args.person < 1:
+        raise ValueError(f"--person {args.person}: people count from 1, from the left")
+    masks = reference_mask = segmenter = face_finder = None
+    if args.masks:
+        single = Path(args.masks).suffix.lower() in PICTURES
+        masks = [read_image(args.masks)] if single else Video(args.masks, fps=args.fps)
+    if args.reference_mask:
+        reference_mask = read_image(args.reference_mask)
+    if masks is None or reference_mask is None:
+        segmenter = PersonNet(args.segmenter) if args.segmenter else Sam(args.sam)
+    if masks is None or args.face_model:
+        face_finder = FaceFinder(args.face_model)
+    return Finder(segmenter, face_finder, args.person, masks, reference_mask)
+
+
+def preview(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+    check_output(args.output, args.reference, args.drive)
+    chosen, find = options(args), finders(args)
+    picture, source = read_image(args.reference), Video(args.drive, fps=args.fps)
+    reference = cover(picture, *output_size(*picture.shape[:2], args.area))
+    bar = lambda frames, what: tqdm(frames, what, total=source.frames, unit="frame")
+    track = analyse(source, reference, find, chosen, lambda frames: bar(frames, "analyse"))
+    print(track.summary())
+    rejected, count, film = faults(track, chosen), len(track.masks), args.output.suffix == ".mp4"
+    sampled = range(count) if film else np.unique(np.linspace(0, count - 1, args.rows).round().astype(int))
+    across = 2 if reference.shape[0] > 1.2 * reference.shape[1] and not film else 1
+    middle, panels = np.flatnonzero(track.accepted)[track.accepted.sum() // 2], []
+
+    def cells() -> Iterator[np.ndarray]:
+        stream = zip(bar(source, "draw"), render(source, track, options=chosen))
+        for index, (frame, cues) in enumerate(stream):
+            if index == middle:
+                panels.append(draw_filter(frame, track.mask(middle), chosen))
+            if index in sampled:
+                image = draw_frame(index, frame, cues, track, reference, rejected, float(source.fps),
+                                   WIDTH // across)
+                yield image[:len(image) // 2 * 2]                  # H.264 wants even sizes
+    if film:
+        write_video(args.output, cells(), source.fps)
+    else:
+        drawn = list(cells())
+        drawn += [panel(*drawn[0].shape[:2])] * (-len(drawn) % across)
+        rows = [np.hstack(drawn[k:k + across]) for k in range(0, len(drawn), across)]
+        title = f"{args.reference.name} <- {args.drive.name}, {reference.shape[1]} x {reference.shape[0]}"
+        write_image(args.output, np.vstack([draw_header(title, track, rejected), *rows, *panels]))
+    print(f"wrote {args.output}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    command = parser.add_subparsers(required=True, metavar="preview").add_parser(
+        "preview", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="draw all cues of a clip, for a person to judge")
+    command.add_argument("reference", type=Path, help="picture of the person to animate")
+    command.add_argument("drive", type=Path, help="driving video, or folder of numbered frames")
+    command.add_argument("-o", "--output", type=Path, default="sheet.png",
+                         help=".png or .jpg: a sheet; .mp4: every frame")
+    command.add_argument("--rows", type=int, default=8, metavar="N", help="frames on the sheet")
+    command.add_argument("--fps", type=float, help="pick driving frames at this rate; all if not given")
+    command.add_argument("--area", type=int, default=512 * 512,
+                         help="pixels of the canvas, which has the reference's aspect")
+    add_arguments(command)
+    args = parser.parse_args()
+    try:
+        preview(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

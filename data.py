@@ -1,0 +1,412 @@
+"""Data: from clips to the tensors that the network eats (paper Sec. 4.1, A.2, A.3).
+
+The network sees a clip as latents [reference, window]: slot 0 holds the reference picture, the others the clip's own latents. The
+image condition has the reference at slot 0 and zeros elsewhere; the cues have the reference's own cues at slot 0: one pair of cue and
+appearance, in context.
+
+Frozen networks run once: a data folder caches, for every clip, all that they say of it, and training reads only that.
+
+    python data.py toy -o DATA              # clips of the drawn world, ready for train.py
+
+    DATA/clips.jsonl            a line a clip: id, split, frames, fps, height, width, pseudo: how many other identities drive it
+    DATA/cache/ID.safetensors   latents (f,16,h,w) as mean and logvar; pose, face (K,f,16,h,w), variant 0 plain, the others augmented;
+                                pseudo_pose, pseudo_face (P*K,f,16,h,w); body, face_mask (T,H,W/8) packed bits; R reference frames,
+                                clean and noisy, with their cues: ref_* (R,16,h,w), ref_frame (R,); text (L,D)
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import tee
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import cues
+import toy
+from align import misalignment
+from load_cogvideox import load_weights, pick_device
+from vae import CausalVAE, chunks
+from video import write_image, write_video
+
+IMAGE_LATENT_SCALE = 1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
+TOY_SIZE, TOY_FRAMES, TOY_TEXT = 96, 33, (4, 64)  # pixels, frames of a cached clip, shape of the one text state
+ASSETS = Path(__file__).parent / "assets"
+
+
+def keyed(*key: int) -> np.random.Generator:
+    """The random generator of one thing, for example (seed, step, sample): no draw depends on what was drawn before it."""
+    return np.random.default_rng(key)
+
+
+# ---- pictures and masks to latents ----------------------------------------------------------------------------------------
+
+
+def to_tensor(picture: np.ndarray) -> Tensor:
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(picture).movedim(-1, -3).float() / 127.5 - 1
+
+
+def padded(frames: Iterable) -> Iterator:
+    """The frames, then the last ones mirrored until there are 8k+1 in all: 1, 2, 3, 4 -> 1, 2, 3, 4, 3, 2, 1, 2, 3."""
+    recent, n = deque(maxlen=9), 0
+    for n, frame in enumerate(frames, start=1):
+        recent.append(frame)
+        yield frame
+    recent, last = list(recent), len(recent) - 1
+    for k in range(1, -(n - 1) % 8 + 1):
+        yield recent[abs(last - k % (2 * last))]
+
+
+def pool_masks(masks: Tensor) -> Tensor:
+    """Masks at latent size: (T, 1, H, W) -> (f, 1, H/8, W/8), the mean over 8x8 pixels and the latent's own frames.
+
+    T = 4f-3 for the start of a clip (its first latent is one frame), or 4f for a later piece. Paper silent: an area mean, since
+    trilinear resizing would read only the centre pixels of each cell.
+    """
+    alone, rest = masks.split([masks.shape[0] % 4, masks.shape[0] // 4 * 4])
+    frames = torch.cat([alone, rest.unflatten(0, (-1, 4)).mean(1)])
+    return F.avg_pool2d(frames, 8)
+
+
+def unzip(rows: Iterable[tuple], width: int) -> list[Iterator]:
+    """The columns of a stream of rows, each an iterator of its own; read them in step, or the rows between are kept."""
+    return [map(lambda row, i=i: row[i], stream) for i, stream in enumerate(tee(rows, width))]
+
+
+@torch.no_grad()
+def encode_cues(vae: CausalVAE, rows: Iterable[tuple], device, scale: float) -> tuple[Tensor, Tensor]:
+    """Cue latents and masks of a stream of `cues.render` rows, 8k+1 (or 1) of them, in constant memory.
+
+    Returns pose, face (1, f, 17, h, w), float32 on the CPU: 16 latent channels (the VAE's mean, times `scale`), then the mask.
+    """
+    streams = [(torch.from_numpy(array)[None].to(device) for array in stream) for stream in unzip(rows, 4)]
+    pose, face = vae.encode_stream(streams[0]), vae.encode_stream(streams[1])
+    parts = []
+    for (pose_mean, _), (face_mean, _), body, face_mask in zip(pose, face, chunks(streams[2], 8), chunks(streams[3], 8)):
+        pairs = (pose_mean, body), (face_mean, face_mask)
+        parts.append([torch.cat([z[0].float() * scale, pool_masks(torch.cat(masks))], dim=1).cpu() for z, masks in pairs])
+    pose, face = (torch.cat(part)[None] for part in zip(*parts))
+    return pose, face
+
+
+@torch.no_grad()
+def encode_image(vae: CausalVAE, picture: Tensor) -> Tensor:
+    """A picture (B, 3, H, W) in [-1, 1] -> its latent (B, 16, h, w): the mean, unscaled, float32."""
+    mean, _ = vae.encode(picture[:, None])
+    return mean[:, 0].float()
+
+
+def image_condition(image: Tensor, slots: int) -> Tensor:
+    """The latent picture (B, 16, h, w) at slot 0 of (B, slots, 16, h, w), zeros elsewhere: the DiT's channels 17-32."""
+    condition = image.new_zeros(image.shape[0], slots, *image.shape[1:])
+    condition[:, 0] = IMAGE_LATENT_SCALE * image
+    return condition
+
+
+# ---- one clip into the cache ----------------------------------------------------------------------------------------------
+
+
+def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
+    """(frames,) bool: runs of 1-4 frames whose Pose Cue is dropped, at most 15 % of the clip, in 3 clips of 10 (Sec. 3.1)."""
+    drop = np.zeros(frames, bool)
+    chance, starts, lengths = generator.random(), generator.integers(frames, size=3), generator.integers(1, 5, size=3)
+    for start, length in zip(starts, lengths) if chance < 0.3 else ():
+        if drop.sum() + length <= 0.15 * frames:
+            drop[start : start + length] = True
+    return drop
+
+
+@torch.no_grad()
+def encode_clip(vae, video: np.ndarray, find, pseudo: list[tuple], text: Tensor, key: tuple, variants: int, refs: int) -> dict[str, Tensor]:
+    """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
+
+    find: cues.Finder for the clip; pseudo: (video, Finder) of other identities doing the same. Variant 0 is plain; each other one
+    has a cut-off and blank runs of its own, and a pseudo cue is misaligned (A.2) in every variant. `key` seeds every draw.
+    """
+    T = len(video)
+    device = next(vae.parameters()).device
+
+    def variant(frames, track, k: int, generator, misaligned: bool) -> list[np.ndarray]:
+        options = cues.CueOptions(location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else 0.12)
+        drop = blank_runs(T, generator) if k else None
+        misalign = misalignment(track.presence(), generator) if misaligned else None
+        return [np.stack(part) for part in zip(*cues.render(frames, track, None, options, drop, misalign))]
+
+    def latents(pictures: np.ndarray | Tensor) -> Tensor:  # (B, T, 3, H, W) -> (B, f, 16, h, w)
+        return vae.encode(torch.as_tensor(pictures, device=device))[0].to("cpu", torch.bfloat16)
+
+    same = cues.CueOptions(align="none")
+    track = cues.analyse(video, video[0], find, same)
+    own = [variant(video, track, k, keyed(*key, k), False) for k in range(variants)]
+    others = []
+    for p, (frames, other) in enumerate(pseudo):
+        other_track = cues.analyse(frames, video[0], other, same)
+        others += [variant(frames, other_track, k, keyed(*key, 1000 * (p + 1) + k), True) for k in range(variants)]
+
+    generator = keyed(*key, 999)
+    frame = np.sort(generator.choice(T, size=min(refs, T), replace=False))
+    pictures = to_tensor(video[frame])
+    sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()  # CogVideoX's image noise
+    noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
+    single = lambda p: latents(torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
+    mean, logvar = vae.encode(to_tensor(video)[None].to(device))
+    tensors = {
+        "mean": mean[0].to("cpu", torch.bfloat16),
+        "logvar": logvar[0].to("cpu", torch.bfloat16),
+        "pose": latents(np.stack([v[0] for v in own])),
+        "face": latents(np.stack([v[1] for v in own])),
+        "body": torch.from_numpy(np.packbits(own[0][2][:, 0] > 0.5, axis=-1)),
+        "face_mask": torch.from_numpy(np.packbits(own[0][3][:, 0] > 0.5, axis=-1)),
+        "ref_frame": torch.from_numpy(frame),
+        "ref_clean": single(pictures),
+        "ref_noisy": single(noisy),
+        "ref_pose": single(own[0][0][frame]),
+        "ref_face": single(own[0][1][frame]),
+        "text": text.to(torch.bfloat16),
+    }
+    if others:
+        tensors["pseudo_pose"] = latents(np.stack([v[0] for v in others]))
+        tensors["pseudo_face"] = latents(np.stack([v[1] for v in others]))
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+# ---- the drawn world as a data folder -----------------------------------------------------------------------------------
+
+
+def toy_finder(clip: toy.Clip) -> cues.Finder:
+    """Exact masks in place of the segmenter and the face finder; everything after them is as for real video."""
+    masks = [cues.paint_mask(body, face) for body, face in zip(clip.body, clip.face)]
+    return cues.Finder(masks=masks, reference_mask=masks[0])
+
+
+def toy_text() -> Tensor:
+    """The drawn world's only text state: nobody describes it in words."""
+    return torch.zeros(TOY_TEXT)
+
+
+def toy_clip(number: int, frames: int = TOY_FRAMES) -> tuple[toy.Clip, toy.Clip]:
+    """Clip `number` of the drawn world, and the same motion, expression and camera performed by somebody else."""
+    own = toy.render(identity=number, motion=number, frames=frames, size=TOY_SIZE)
+    other = toy.render(identity=number + 500_000, motion=number, frames=frames, size=TOY_SIZE)
+    return own, other
+
+
+def cache_toy_clip(vae: CausalVAE, number: int, folder: Path, variants: int, refs: int) -> None:
+    path = folder / "cache" / f"{number:06d}.safetensors"
+    if path.exists():
+        return
+    own, other = toy_clip(number)
+    pseudo = [(other.video, toy_finder(other))]
+    tensors = encode_clip(vae, own.video, toy_finder(own), pseudo, toy_text(), (number,), variants, refs)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
+
+
+def make_toy(args) -> None:
+    """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
+    vae, _ = load_weights(args.vae, torch.bfloat16 if pick_device("cpu")[1] == torch.bfloat16 else torch.float32)
+    vae.eval()
+    (args.output / "cache").mkdir(parents=True, exist_ok=True)
+    numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
+    for number in tqdm(numbers, desc="toy clips", unit="clip"):
+        cache_toy_clip(vae, number, args.output, args.variants, args.refs)
+    lines = [
+        {"id": f"{n:06d}", "split": "test" if n >= HELD_OUT else "train", "frames": TOY_FRAMES, "fps": toy.FPS,
+         "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": 1} for n in numbers
+    ]
+    part = args.output / ".clips.jsonl"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.replace(args.output / "clips.jsonl")
+
+
+def make_example(args) -> None:
+    """`python data.py example`: the reference, driving clip and masks that the repository ships."""
+    args.output.mkdir(parents=True, exist_ok=True)
+    reference = toy.render(identity=4, motion=4, frames=1, size=384)
+    drive = toy.render(identity=22, motion=22, frames=17, size=384)
+    write_image(args.output / "ref.png", reference.video[0])
+    write_image(args.output / "ref_mask.png", cues.paint_mask(reference.body[0], reference.face[0]))
+    write_video(args.output / "drive.mp4", drive.video, toy.FPS)
+    (args.output / "masks").mkdir(exist_ok=True)
+    for index, (body, face) in enumerate(zip(drive.body, drive.face)):
+        write_image(args.output / "masks" / f"{index:03d}.png", cues.paint_mask(body, face))
+
+
+# ---- training samples -----------------------------------------------------------------------------------------------------
+
+
+class Clips:
+    """A data folder as training samples. A sample depends only on (seed, step, its index in the global batch)."""
+
+    def __init__(self, folder: Path, args, scale: float, split: str = "train"):
+        """scale: the VAE's scaling factor. The test split is read without dropouts and augmentation."""
+        path = folder / "clips.jsonl"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no data folder there; make one with: python data.py toy -o {folder}, or data.py prepare")
+        clips = [json.loads(line) for line in path.read_text().splitlines()]
+        self.folder, self.args, self.scale, self.training = folder, args, scale, split == "train"
+        self.clips = [c for c in clips if c["split"] == split and (args.stage != "2" or c["pseudo"])]
+        if not self.clips:
+            raise ValueError(f"{folder}: no {split} clips for stage {args.stage}" + " (pseudo cues are missing)" * (args.stage == "2"))
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
+        """The samples `indices` of the G of this step. The noise level of sample i is drawn from the p(i)-th of G equal intervals of
+        [0, 1000), p a permutation drawn anew each step (CogVideoX's explicit uniform sampling)."""
+        order = keyed(self.args.seed, step).permutation(G)
+        samples = []
+        for i in indices:
+            sample = self.sample(step * G + i, keyed(self.args.seed, step, i))
+            sample["step"] = torch.tensor(int(1000 * (order[i] + keyed(self.args.seed, step, i, 1).random()) / G))
+            samples.append(sample)
+        return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+
+    def sample(self, position: int, generator: np.random.Generator) -> dict[str, Tensor]:
+        """Training sample `position` of the run: epochs are permutations of the clips."""
+        epoch, place = divmod(position, len(self.clips))
+        clip = self.clips[keyed(self.args.seed, 2**31, epoch).permutation(len(self.clips))[place]]
+        with safe_open(self.folder / "cache" / f"{clip['id']}.safetensors", "pt") as file:
+            return self.read(file, generator)
+
+    def read(self, file, generator: np.random.Generator) -> dict[str, Tensor]:
+        """Cut a window, choose reference and variants, drop conditions; all draws from `generator`, in a fixed order."""
+        args, scale = self.args, self.scale
+        f = file.get_slice("mean").get_shape()[0]
+        n = min(args.window, f)
+        start = 2 * int(generator.integers((f - n) // 2 + 1))  # even, as the windows of long clips in sampling
+        frames = slice(max(4 * start - 3, 0), 4 * (start + n) - 3)
+        drop_text, drop_reference, drop_cues, drop_face = self.training & (generator.random(4) < (0.1, 0.05, 0.1, 0.05))
+
+        # the reference: a frame of the same clip, outside the window if there is one
+        candidates = file.get_tensor("ref_frame").numpy()
+        outside = np.flatnonzero((candidates < frames.start) | (candidates >= frames.stop))
+        r = int(generator.choice(outside if len(outside) else len(candidates)))
+        noise = torch.from_numpy(generator.standard_normal((1 + n, *file.get_slice("mean").get_shape()[1:]), np.float32))
+        posterior = torch.from_numpy(generator.standard_normal((n, *noise.shape[1:]), np.float32))
+        mean, logvar = (file.get_slice(name)[start : start + n].float() for name in ("mean", "logvar"))
+        latents = torch.cat([file.get_slice("ref_clean")[r : r + 1].float(), mean + (0.5 * logvar).exp() * posterior])
+        condition = image_condition(file.get_slice("ref_noisy")[r : r + 1].float(), 1 + n)[0] * (not drop_reference)
+        text = file.get_tensor("text").float()
+        sample = {"latents": scale * latents, "noise": noise, "condition": condition, "text": text * (not drop_text)}
+        if args.stage == "0":
+            return sample
+
+        body, face_mask = (self.masks(file.get_slice(name), frames, int(candidates[r])) for name in ("body", "face_mask"))
+        if args.location == "soft":
+            cell, phase = int(generator.choice([8, 16, 32])), generator.integers(32, size=2)
+            cell, phase = (cell, phase) if self.training else (16, (0, 0))
+            body = torch.from_numpy(cues.grid_soften(body.numpy(), cell, "mean", phase))
+        masks = [torch.cat([pool_masks(m[:1, None]), pool_masks(m[1:, None])]) * (args.location != "none") for m in (body, face_mask)]
+
+        def cue(source: str, k: int) -> list[Tensor]:
+            """(1+n, 17, h, w) for pose and face: slot 0 the reference's own, then variant k of the window's."""
+            pair = []
+            for name, mask in zip(("pose", "face"), masks):
+                own, window = file.get_slice(f"ref_{name}")[r : r + 1], file.get_slice(source + name)[k, start : start + n]
+                slots = scale * torch.cat([own, window]).float()
+                if args.ref_slot == "copy":
+                    slots[0] = slots[1]
+                pair.append(torch.cat([slots, mask], dim=1) * (not drop_cues))
+            pair[1] *= not (drop_face or args.face == "none" or drop_reference and drop_cues)
+            return pair
+
+        variants = file.get_slice("pose").get_shape()[0]
+        k = int(generator.integers(variants)) * self.training
+        if args.stage == "2":
+            sample["teacher_pose"], sample["teacher_face"] = cue("", 0)
+            k = int(generator.integers(file.get_slice("pseudo_pose").get_shape()[0]))
+        sample["pose"], sample["face"] = cue("pseudo_" if args.stage == "2" else "", k)
+        if drop_reference:
+            for name in ("pose", "face", "teacher_pose", "teacher_face"):
+                if name in sample:
+                    sample[name][0] = 0
+        if args.ref_slot == "copy":
+            sample["latents"][0] = sample["latents"][1]
+        return sample
+
+    @staticmethod
+    def masks(bits, frames: slice, reference: int) -> Tensor:
+        """(1 + T', H, W) float: the reference frame's mask, then those of the window's frames."""
+        packed = torch.cat([bits[reference : reference + 1], bits[frames]])
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1).astype(np.float32))
+
+
+class Pictures:
+    """What the drawn world's VAE learns from: 9-frame pieces of drawn clips (half of them), pose cues and face cues."""
+
+    def __init__(self, args, clips: int = 300):
+        self.args, self.pool = args, []
+        for number in tqdm(range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0):
+            clip = toy.render(identity=number, motion=number, frames=TOY_FRAMES, size=TOY_SIZE)
+            track = cues.analyse(clip.video, clip.video[0], toy_finder(clip), cues.CueOptions(align="none"))
+            pose, face, _, _ = (np.stack(part) for part in zip(*cues.render(clip.video, track)))
+            small = [((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)]
+            self.pool.append((clip.video, clip.video, *small))
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
+        videos, noises = [], []
+        for i in indices:
+            generator = keyed(self.args.seed, step, i)
+            video = self.pool[generator.integers(len(self.pool))][i % 4]
+            frames = int(generator.choice([1, 9], p=[0.1, 0.9])) if len(indices) == 1 else 9
+            start = generator.integers(len(video) - frames + 1)
+            flipped = video[start : start + frames, :, :: int(generator.choice([-1, 1]))]
+            videos.append(to_tensor(np.ascontiguousarray(flipped)))
+            noises.append(torch.from_numpy(generator.standard_normal((3, 16, TOY_SIZE // 8, TOY_SIZE // 8), np.float32)))
+        return {"video": torch.stack(videos), "noise": torch.stack(noises)}
+
+
+def prefetched(items: Iterable) -> Iterator:
+    """The items, each made in a thread while the one before it is used."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, items, end)
+            yield item
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("toy", help="cache clips of the drawn world", formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
+    add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
+    add("--clips", type=int, default=600, help="training clips")
+    add("--held-out", type=int, default=64, help="clips for held-out losses, of people and motions that training never sees")
+    add("--variants", type=int, default=2, help="cue variants a clip, the first without augmentation")
+    add("--refs", type=int, default=4, help="reference frames a clip, each with pixel noise of its own")
+    add = commands.add_parser("example", help="draw the example that README uses").add_argument
+    add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")
+    args = parser.parse_args()
+    try:
+        {"toy": make_toy, "example": make_example}[args.command](args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

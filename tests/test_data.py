@@ -1,0 +1,84 @@
+"""What the network eats: mask pooling, padding, cue encoding, training samples."""
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import encode_cues, encode_image, image_condition, padded, pool_masks
+from vae import VAE_PRESETS, CausalVAE
+
+
+@pytest.mark.parametrize("n", range(1, 20))
+def test_padding_mirrors_the_end_to_8k_plus_1(n):
+    """Against a loop that walks back and forth; catches a repeated end frame and a wrong count."""
+    frames, expected, place, way = list(range(n)), list(range(n)), n - 1, -1
+    while len(expected) % 8 != 1:
+        if not 0 <= place + way < n:
+            way = -way
+        place += way
+        expected.append(frames[place])
+    assert list(padded(iter(frames))) == expected
+
+
+@pytest.mark.parametrize("T, groups", [(1, [[0]]), (9, [[0], [1, 2, 3, 4], [5, 6, 7, 8]]), (8, [[0, 1, 2, 3], [4, 5, 6, 7]])])
+def test_masks_are_pooled_over_their_own_frames_and_cells(T, groups):
+    """Loop oracle, float64; catches trilinear sampling, and frames that go to the wrong latent."""
+    masks = np.random.default_rng(0).random((T, 1, 24, 40))
+    pooled = pool_masks(torch.from_numpy(masks))
+    assert pooled.shape == (len(groups), 1, 3, 5)
+    for k, group in enumerate(groups):
+        for i in range(3):
+            for j in range(5):
+                cell = [masks[t, 0, y, x] for t in group for y in range(8 * i, 8 * i + 8) for x in range(8 * j, 8 * j + 8)]
+                assert pooled[k, 0, i, j].item() == pytest.approx(sum(cell) / len(cell), rel=1e-12)
+
+
+def rows(T, H=24, W=40, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(T):
+        yield (*(rng.uniform(-1, 1, (3, H, W)).astype(np.float32) for _ in range(2)), *(rng.random((1, H, W)).astype(np.float32) for _ in range(2)))
+
+
+def test_encoded_cues_equal_encoding_the_whole_clip():
+    """Streamed in chunks, pose and face side by side; catches streams that run out of step and a forgotten scale."""
+    vae = CausalVAE(VAE_PRESETS["tiny"]).eval()
+    pose, face = encode_cues(vae, rows(17), "cpu", 0.7)
+    assert pose.shape == face.shape == (1, 5, 17, 3, 5)
+    parts = [torch.from_numpy(np.stack(part)) for part in zip(*rows(17))]
+    with torch.no_grad():
+        for cue, picture, mask in ((pose, parts[0], parts[2]), (face, parts[1], parts[3])):
+            assert torch.allclose(cue[0, :, :16], 0.7 * vae.encode(picture[None])[0][0], atol=1e-6)
+            assert torch.allclose(cue[0, :, 16:], pool_masks(mask), atol=1e-6)
+
+
+def test_image_condition_is_unscaled_and_only_in_slot_0():
+    image = torch.randn(2, 16, 3, 5)
+    condition = image_condition(image, 4)
+    assert torch.equal(condition[:, 0], image) and not condition[:, 1:].any()
+    vae = CausalVAE(VAE_PRESETS["tiny"]).eval()
+    picture = torch.rand(2, 3, 24, 40) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encode_image(vae, picture), vae.encode(picture[:, None])[0][:, 0])
+
+
+def test_draws_depend_on_their_key_alone():
+    assert data.keyed(1, 2, 3).random() == data.keyed(1, 2, 3).random() != data.keyed(1, 2, 4).random()
+
+
+def test_blank_runs_are_short_and_rare():
+    """At most 15 % of a clip and in about 3 clips of 10, over 1000 clips."""
+    drops = [data.blank_runs(49, data.keyed(k)) for k in range(1000)]
+    assert max(d.mean() for d in drops) <= 0.15
+    assert 0.25 < np.mean([d.any() for d in drops]) < 0.35
+
+
+def test_prefetched_keeps_order_and_passes_errors_on():
+    assert list(data.prefetched(range(5))) == [0, 1, 2, 3, 4]
+
+    def broken():
+        yield 1
+        raise ValueError("bad clip")
+
+    with pytest.raises(ValueError, match="bad clip"):
+        list(data.prefetched(broken()))

@@ -1,0 +1,166 @@
+"""sample.py end to end on small random networks, and every user mistake that should end in one sentence."""
+
+import subprocess
+import sys
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+import cues
+import sample
+import toy
+from video import Video, write_image, write_video
+
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """A drawn reference, a 10-frame driving clip with sound, and their masks."""
+    folder = tmp_path_factory.mktemp("example")
+    clip, other = toy.render(1, 2, frames=10, size=64), toy.render(3, 4, frames=1, size=(96, 64))
+    write_image(folder / "ref.png", other.video[0])
+    write_image(folder / "ref_mask.png", cues.paint_mask(other.body[0], other.face[0]))
+    write_sound(folder / "sound.mp4", seconds=3)
+    write_video(folder / "drive.mp4", clip.video, Fraction(8), audio=folder / "sound.mp4")
+    (folder / "masks").mkdir()
+    for i, (body, face) in enumerate(zip(clip.body, clip.face)):
+        write_image(folder / "masks" / f"{i:03d}.png", cues.paint_mask(body, face))
+    return folder
+
+
+def write_sound(path, seconds):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        tone = np.sin(np.arange(16000 * seconds) / 10)[None].astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def arguments(example, *extra, reference="ref.png", drive="drive.mp4", masks="masks"):
+    given = [example / reference, example / drive, "--preset", "tiny", "--area", 64 * 96, "--steps", 2, "--device", "cpu"]
+    given += ["--masks", example / masks, "--reference-mask", example / "ref_mask.png"] if masks else []
+    return [str(a) for a in [*given, *extra]]
+
+
+def run(example, *extra, **files):
+    sample.main(*sample.parse_args(arguments(example, *extra, **files)))
+
+
+def test_whole_pipeline_writes_a_playable_video(example, tmp_path, capsys):
+    """Every driving frame at the driving rate, the reference's shape, sound kept, H.264 yuv420p, marked as generated."""
+    out = tmp_path / "out.mp4"
+    run(example, "-o", out, "--guidance", 3)
+    printed = capsys.readouterr().out
+    assert "noise" in printed, "random weights must be admitted"
+    with av.open(str(out)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height) == (64, 96)
+        assert stream.average_rate == 8
+        assert len(container.streams.audio) == 1
+        assert "AI-generated" in container.metadata["comment"]
+        assert sum(1 for _ in container.decode(video=0)) == 10
+    assert out.read_bytes().index(b"moov") < out.read_bytes().index(b"mdat"), "faststart"
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_does_not(example, tmp_path):
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        run(example, "-o", tmp_path / f"{name}.mp4", "--seed", seed, "--guidance", 1)
+    a, b, c = ((tmp_path / f"{n}.mp4").read_bytes() for n in "abc")
+    assert a == b != c
+
+
+def test_guidance_1_is_the_prompt_alone_and_batched_guidance_is_the_formula(example):
+    """v = null + g (cond - null), from one call with both branches; catches swapped branches."""
+    import torch
+
+    class Recorder:
+        def __call__(self, x, step, text, pose, face):
+            assert len(x) == len(text) and len(pose) == len(step) == 1
+            return text.mean((1, 2)).view(-1, 1, 1, 1, 1).expand(len(text), x.shape[1], 16, *x.shape[3:])
+
+    cue, image = torch.zeros(1, 4, 17, 2, 2), torch.zeros(1, 16, 2, 2)
+    text = torch.stack([torch.full((3, 5), 0.2), torch.full((3, 5), 0.1)])
+    _, args = sample.parse_args(arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None))
+    latents = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue)
+    assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), "x0 = -v at step 999"
+    latents = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue)
+    assert torch.allclose(latents, torch.full_like(latents, -0.2), atol=1e-6)
+
+
+def test_the_picture_follows_the_cues_and_the_reference(example, tmp_path):
+    """Slot 0 and windows arrive where they should: changing only the driver, or only the reference, changes the output."""
+    run(example, "-o", tmp_path / "a.mp4")
+    clip = toy.render(1, 9, frames=10, size=64)
+    write_video(tmp_path / "other.mp4", clip.video, Fraction(8))
+    run(example, "-o", tmp_path / "b.mp4", drive=tmp_path / "other.mp4")
+    write_image(tmp_path / "ref2.png", toy.render(8, 4, frames=1, size=(96, 64)).video[0])
+    run(example, "-o", tmp_path / "c.mp4", reference=tmp_path / "ref2.png")
+    a, b, c = (np.stack(list(Video(tmp_path / f"{n}.mp4"))).astype(int) for n in "abc")
+    assert abs(a - c).max() > 8
+    assert a.shape == b.shape == c.shape
+
+
+def test_one_frame_clip_and_odd_counts(example, tmp_path):
+    """1, 2 and 9 frames: padding to 8k+1 is never shown."""
+    for n in (1, 2, 9):
+        clip = toy.render(1, 2, frames=n, size=64)
+        folder = tmp_path / str(n)
+        for i in range(n):
+            (folder / "masks").mkdir(parents=True, exist_ok=True)
+            (folder / "frames").mkdir(parents=True, exist_ok=True)
+            write_image(folder / "masks" / f"{i}.png", cues.paint_mask(clip.body[i], clip.face[i]))
+            write_image(folder / "frames" / f"{i}.png", clip.video[i])
+        run(example, "-o", folder / "out.mp4", "--steps", 1, "--guidance", 1, drive=folder / "frames", masks=folder / "masks")
+        assert sum(1 for _ in Video(folder / "out.mp4")) == n
+
+
+def mistake(example, *extra, **files) -> str:
+    """What is printed on stderr by a run that must fail with exit code 2."""
+    import contextlib
+    import io
+
+    stderr = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(stderr):
+        run(example, *extra, **files)
+    assert stop.value.code == 2
+    sentence = stderr.getvalue().split("\r")[-1].strip()
+    assert "Traceback" not in sentence
+    return sentence.splitlines()[-1]
+
+
+def test_user_mistakes_end_in_one_sentence(example, tmp_path):
+    """What was given and what to do, exit code 2, nothing half-written."""
+    out = tmp_path / "out.mp4"
+    assert "nowhere.png" in mistake(example, "-o", out, reference="nowhere.png")
+    (tmp_path / "text.mp4").write_text("not a video")
+    assert "text.mp4" in mistake(example, "-o", out, drive=tmp_path / "text.mp4")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    assert "empty.mp4" in mistake(example, "-o", out, drive=tmp_path / "empty.mp4")
+    whole = (example / "drive.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    assert "cut.mp4" in mistake(example, "-o", out, drive=tmp_path / "cut.mp4")
+    assert "steps" in mistake(example, "-o", out, "--steps", 0)
+    assert "steps" in mistake(example, "-o", out, "--steps", 1001)
+    assert "nofolder" in mistake(example, "-o", tmp_path / "nofolder" / "out.mp4")
+    assert "--backbone" in mistake(example, "-o", out, "--backbone", tmp_path)
+    assert "tokenizer" in mistake(example, "-o", out, "--prompt", "a dancer")
+    assert "--device" in mistake(example, "-o", out, "--device", "quantum")
+    nobody = np.zeros((96, 64, 3), np.uint8)
+    write_image(tmp_path / "nobody.png", nobody)
+    assert "reference" in mistake(example, "-o", out, "--reference-mask", tmp_path / "nobody.png")
+    assert list(tmp_path.glob("*out*")) == [] and list(tmp_path.glob(".*")) == []
+
+
+def test_help_answers_before_torch_is_imported():
+    """--help in well under the 1.5 s that torch alone takes to import."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-X", "importtime", "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "reference" in done.stdout
+    assert " torch\n" not in done.stderr and time.perf_counter() - began < 20

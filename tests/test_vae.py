@@ -1,0 +1,470 @@
+"""The causal VAE: causality, streams in constant memory, tiles without seams, refusals, gradients.
+
+What it computes is compared with diffusers in test_parity.py; the claims here are about how. Sizes are all different:
+B=2, 17 frames (5 latents), 40 x 24 pixels (5 x 3 latents).
+"""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import vae as vae_module
+from vae import OVERLAP, TILE, VAE_PRESETS, CausalConv3d, CausalVAE, Norm, Tiles, VAEConfig, tile_starts
+
+CONFIG = VAEConfig(channels=(8, 12, 16, 20), layers=1, latent_channels=16, norm_groups=4, scaling_factor=0.7)
+CHANNELS_LAST = torch.channels_last_3d
+
+
+def random_vae(config=CONFIG, seed=0) -> CausalVAE:
+    torch.manual_seed(seed)
+    vae = CausalVAE(config).requires_grad_(False)
+    for p in vae.parameters():
+        p.data = torch.randn_like(p) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
+    return vae
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return random_vae()
+
+
+def a_video(frames=17, height=40, width=24, batch=2):
+    return torch.rand(batch, frames, 3, height, width) * 2 - 1
+
+
+def causal_convolutions(net) -> set:
+    return {m for m in net.modules() if isinstance(m, CausalConv3d)}
+
+
+# ---- causality -----------------------------------------------------------------------------------------------------------
+
+
+def test_causal_convolution_never_looks_ahead_and_chunks_equal_the_whole():
+    """Frame t's output is the same whatever follows, and cutting a clip anywhere changes nothing. Catches symmetric time padding."""
+    conv = CausalConv3d(6, 4)
+    x = torch.randn(2, 6, 9, 5, 7)
+    whole = conv(x, {})
+    changed = x.clone()
+    changed[:, :, 4:] += 1
+    after = conv(changed, {})
+    assert torch.equal(after[:, :, :4], whole[:, :, :4]) and not torch.equal(after[:, :, 4], whole[:, :, 4])
+    cache = {}
+    pieces = [conv(part, cache) for part in x.split([3, 1, 2, 3], dim=2)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_causal_convolution_before_a_clip_sees_the_first_frame_standing_still():
+    """Catches zero padding in time: a still clip would flicker at its start."""
+    conv = CausalConv3d(6, 4)
+    still = torch.randn(2, 6, 1, 5, 7).expand(-1, -1, 4, -1, -1)
+    out = conv(still, {})
+    torch.testing.assert_close(out, out[:, :, :1].expand_as(out), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("first_changed", [9, 17])
+def test_later_chunks_never_change_earlier_latents(vae, first_changed):
+    """Bit for bit: what was encoded stays encoded, so a stream may be cut off or go on."""
+    video = a_video(25)
+    changed = video.clone()
+    changed[:, first_changed:] = a_video(25 - first_changed)
+    before = (first_changed - 1) // 4 + 1
+    for a, b in zip(vae.encode(video), vae.encode(changed)):
+        assert torch.equal(a[:, :before], b[:, :before])
+        assert not torch.equal(a[:, before], b[:, before])
+
+
+@pytest.mark.parametrize("first_changed", [3, 5])
+def test_later_chunks_never_change_earlier_frames(vae, first_changed):
+    latents = torch.randn(2, 7, 16, 5, 3)
+    changed = latents.clone()
+    changed[:, first_changed:] += 1
+    a, b = vae.decode(latents), vae.decode(changed)
+    before = 4 * first_changed - 3
+    assert torch.equal(a[:, :before], b[:, :before])
+    assert not torch.equal(a[:, before], b[:, before])
+
+
+def test_each_frame_of_a_past_chunk_reaches_the_next(vae):
+    """Two frames of every convolution's input are carried over; catches a cache of one, or one that is never read."""
+    video = a_video()
+    mean, _ = vae.encode(video)
+    for frame in (7, 8):  # the last two of the first chunk
+        changed = video.clone()
+        changed[:, frame] += 0.5
+        assert (vae.encode(changed)[0][:, 3:] - mean[:, 3:]).abs().max() > 1e-4
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------------
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of tensors made inside, counted from creation to release: `peak` is what a machine would have needed."""
+
+    def __init__(self, *outside: torch.Tensor):
+        super().__init__()
+        self.seen = {t.untyped_storage()._cdata for t in outside}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.seen:
+                storage = t.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
+        return out
+
+    def release(self, address, size):
+        self.seen.discard(address)
+        self.now -= size
+
+
+def peak_of(run, *outside) -> int:
+    with Memory(*outside) as memory:
+        run()
+    return memory.peak
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_decode_stream_needs_the_same_memory_for_any_number_of_frames(vae, small_tiles, tiling):
+    """Peak bytes, frames dropped as they come, equal at 5 and 41 latents. Catches a list of chunks and a cache that views its chunk."""
+
+    def stream(latents):
+        frames = vae.decode_stream(latents)
+        while next(frames, None) is not None:
+            pass
+
+    short, long = torch.randn(2, 5, 16, 2, 13), torch.randn(2, 41, 16, 2, 13)
+    vae.tile(tiling)
+    peaks = [peak_of(lambda: stream(latents), latents) for latents in (short, long)]
+    whole = peak_of(lambda: vae.decode(long), long)
+    vae.tile(False)
+    assert peaks[0] == peaks[1]
+    assert whole > peaks[1] + 100 * (4 * 2 * 3 * 16 * 104)  # the measure does see frames that are kept
+
+
+def test_encode_stream_needs_the_same_memory_for_any_number_of_frames(vae):
+    def stream(frames):
+        for _ in vae.encode_stream(torch.rand(2, 3, 16, 104) for _ in range(frames)):
+            pass
+
+    assert peak_of(lambda: stream(17)) == peak_of(lambda: stream(161))
+
+
+def test_decode_stream_equals_decode_and_starts_before_the_end(vae):
+    """Bit for bit, 4f-3 frames, the first chunk's nine after three latents only. Catches a stream that decodes all first."""
+    latents = torch.randn(2, 7, 16, 5, 3)
+    video = vae.decode(latents)
+    assert video.shape == (2, 25, 3, 40, 24)
+    cut = latents.clone()
+    cut[:, 3:] = torch.nan
+    frames = vae.decode_stream(cut)
+    for t in range(9):
+        assert torch.equal(next(frames), video[:, t])
+    assert next(frames).isnan().any()
+    assert torch.equal(torch.stack(list(vae.decode_stream(latents)), 1), video)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 25])
+def test_encode_stream_from_a_generator_equals_encode(vae, frames):
+    """It takes a chunk of frames, gives its latents, and only then takes more. Catches a list() of the whole clip."""
+    video, taken = a_video(frames), 0
+
+    def reader():
+        nonlocal taken
+        for frame in video.unbind(1):
+            taken += 1
+            yield frame
+
+    means, logvars, after = [], [], []
+    for mean, logvar in vae.encode_stream(reader()):
+        means.append(mean), logvars.append(logvar), after.append(taken)
+    assert after == [min(frames, 9), *range(17, frames + 1, 8)]
+    mean, logvar = vae.encode(video)
+    assert mean.shape == logvar.shape == (2, (frames - 1) // 4 + 1, 16, 5, 3)
+    assert torch.equal(torch.cat(means, 1), mean) and torch.equal(torch.cat(logvars, 1), logvar)
+    assert logvar.min() >= -30 and logvar.max() <= 20
+
+
+def test_log_variance_is_clamped(vae):
+    """To [-30, 20], as diffusers does: exp(logvar / 2) of an untrained or broken network stays finite."""
+    wild = random_vae()
+    wild.encoder.conv_out.weight *= 1e4
+    _, logvar = wild.encode(a_video(9))
+    assert logvar.min() == -30 and logvar.max() == 20
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_caches_hold_two_frames_per_causal_convolution_and_nothing_else(vae, part):
+    """1x1x1 convolutions keep nothing (diffusers clones their whole input: 5.6 GiB at 768x1360), and no cache is a view of more."""
+    net = getattr(vae, part)
+    down, channels, first, later = (8, 3, 9, 8) if part == "encoder" else (1, 16, 3, 2)
+    tiles = Tiles(net, 5, 3, False, down, 8 // down)
+    sizes = []
+    for t in (first, later, later, later):
+        tiles(torch.randn(2, channels, t, 5 * down, 3 * down))
+        (cache,) = tiles.caches.values()
+        assert set(cache) == causal_convolutions(net)
+        assert all(past.shape[2] == 2 and past.untyped_storage().nbytes() == past.nbytes for past in cache.values())
+        sizes.append(sum(past.nbytes for past in cache.values()))
+    assert len(set(sizes)) == 1
+
+
+# ---- tiles ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 10 latents overlapping by 4: the same code as 48 and 12, at a tenth of the work."""
+    monkeypatch.setattr(vae_module, "TILE", 10)
+    monkeypatch.setattr(vae_module, "OVERLAP", 4)
+
+
+def test_tile_starts_cover_every_size_with_equal_overlapping_tiles():
+    """Catches a gap, a tile over the border, a thin overlap that would show a seam, and a tile more than needed."""
+    for size in range(1, 400):
+        starts = tile_starts(size)
+        assert starts[0] == 0 and starts == sorted(set(starts))
+        if size <= TILE:
+            assert starts == [0]
+            continue
+        assert starts[-1] + TILE == size
+        steps = [b - a for a, b in zip(starts, starts[1:])]
+        assert max(steps) <= TILE - OVERLAP and max(steps) - min(steps) <= 1
+        assert len(starts) == 1 + -(-(size - TILE) // (TILE - OVERLAP))
+
+
+def test_pictures_up_to_one_tile_are_untouched_by_tiling(vae, small_tiles):
+    """Bit-equal: tiling is safe to leave on."""
+    video, latents = a_video(9, 80, 72), torch.randn(2, 3, 16, 10, 9)
+    plain = *vae.encode(video), vae.decode(latents)
+    vae.tile(True)
+    tiled = *vae.encode(video), vae.decode(latents)
+    vae.tile(False)
+    assert all(torch.equal(a, b) for a, b in zip(plain, tiled))
+
+
+def smooth(frames, channels, height, width, cell):
+    """(2, frames, channels, height, width) with structure as large as `cell`, and a slope from left to right: tiles differ in their
+    statistics, which is hard for GroupNorm."""
+    noise = torch.randn(2 * frames, channels, height // cell + 2, width // cell + 2)
+    return F.interpolate(noise, size=(height, width), mode="bicubic").unflatten(0, (2, frames)) + torch.linspace(-1, 1, width)
+
+
+def tiled_and_plain(vae, run):
+    plain = run()
+    vae.tile(True)
+    tiled = run()
+    vae.tile(False)
+    return tiled, plain
+
+
+def jumps(field, axis, borders):
+    """Mean step of a picture across given borders, and its median step anywhere, along the last axis (-1) or the one before (-2)."""
+    step = field.diff(dim=axis).abs().movedim(axis, -1).flatten(0, -2).mean(0)
+    return torch.stack([step[b - 1] for b in borders]).mean().item(), step.median().item()
+
+
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_tiling_leaves_no_visible_seam(vae, small_tiles, monkeypatch, part):
+    """Tiles differ from the untiled result, smoothly: across their borders the difference jumps less than a tenth of what tiles
+    laid on each other unblended do, and less than the picture's own steps. Two chunks, both axes, 13 x 22 latents."""
+    if part == "encode":
+        video = smooth(17, 3, 104, 176, 24)
+        run, scale, tolerance = lambda: vae.encode(video)[0], 1, 0.2
+    else:
+        latents = smooth(5, 16, 13, 22, 3)
+        run, scale, tolerance = lambda: vae.decode(latents), 8, 0.2
+    tiled, plain = tiled_and_plain(vae, run)
+    monkeypatch.setattr(vae_module, "ramp", lambda n, overlap, device: torch.ones(n))
+    unblended, _ = tiled_and_plain(vae, run)
+    assert tiled.shape == plain.shape
+    assert (tiled - plain).std() < tolerance * plain.std()
+    for axis, size in ((-2, 13), (-1, 22)):
+        starts = tile_starts(size)
+        borders = [scale * b for start in starts for b in (start, start + 10) if 0 < b < size]
+        seam, _ = jumps(tiled - plain, axis, borders)
+        raw_seam, _ = jumps(unblended - plain, axis, borders)
+        _, picture = jumps(plain, axis, borders)
+        print(f"{part} axis {axis}: seam {seam:.1e}, unblended {raw_seam:.1e}, the picture's steps {picture:.1e}")
+        assert seam < raw_seam / (3 if part == "encode" else 10)
+        assert seam < picture
+
+
+def test_tiling_weights_sum_to_one(vae, small_tiles):
+    """Where all tiles agree the blend is that value, up to the corners. Catches weights that do not add up."""
+
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, z, cache):
+            return torch.full((z.shape[0], 3, z.shape[2], 8 * z.shape[3], 8 * z.shape[4]), 0.7)
+
+    out = Tiles(Constant(), 13, 22, True, 1, 8)(torch.zeros(1, 16, 1, 13, 22))
+    assert out.shape == (1, 3, 1, 104, 176)
+    torch.testing.assert_close(out, torch.full_like(out, 0.7), rtol=1e-6, atol=0)
+
+
+def test_tiles_stream_too(vae, small_tiles):
+    """Each tile keeps its own caches: streams equal the whole bit for bit. Catches a cache shared between tiles."""
+    video, latents = a_video(17, 104, 88), torch.randn(2, 5, 16, 13, 11)
+    vae.tile(True)
+    mean = torch.cat([mean for mean, _ in vae.encode_stream(iter(video.unbind(1)))], 1)
+    assert torch.equal(mean, vae.encode(video)[0]) and mean.shape == (2, 5, 16, 13, 11)
+    tiles = Tiles(vae.decoder, 13, 11, True, 1, 8)
+    tiles(latents[:, :3].transpose(1, 2))
+    assert len(tiles.caches) == 4 and all(set(cache) == causal_convolutions(vae.decoder) for cache in tiles.caches.values())
+    assert torch.equal(torch.stack(list(vae.decode_stream(latents)), 1), vae.decode(latents))
+    vae.tile(False)
+    corner = vae.decode(latents[..., :10, :10])  # a corner pixel is in one tile only, in every chunk
+    vae.tile(True)
+    torch.testing.assert_close(vae.decode(latents)[..., :24, :8], corner[..., :24, :8], rtol=1e-5, atol=1e-5)
+    vae.tile(False)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frames, nearest", [(0, "1 or 9"), (2, "1 or 9"), (8, "1 or 9"), (10, "9 or 17"), (16, "9 or 17"), (18, "17 or 25"), (50, "49 or 57")]
+)
+def test_frame_counts_other_than_8k_plus_1_are_refused(vae, frames, nearest):
+    """Padded or cut in silence, sound and picture would part. The stream, which learns the count at the end, refuses it then."""
+    video = torch.zeros(1, frames, 3, 8, 16)
+    for run in (lambda: vae.encode(video), lambda: list(vae.encode_stream(iter(video.unbind(1))))):
+        with pytest.raises(ValueError, match=f"^{frames} frames: .* 8k\\+1, for example {nearest}$"):
+            run()
+
+
+@pytest.mark.parametrize("f, nearest", [(2, "1 or 3"), (4, "3 or 5"), (14, "13 or 15")])
+def test_even_latent_counts_are_refused(vae, f, nearest):
+    """CogVideoX decodes 14 latents to 56 frames, not 53: the first-frame rule fails in silence (fact sheet 3.3)."""
+    with pytest.raises(ValueError, match=f"^{f} latents: .*odd number, for example {nearest}$"):
+        vae.decode(torch.zeros(1, f, 16, 2, 3))
+
+
+@pytest.mark.parametrize("height, width, nearest", [(20, 16, "16x16"), (16, 30, "32x16"), (3, 101, "104x8")])
+def test_sizes_that_are_no_multiple_of_8_are_refused(vae, height, width, nearest):
+    with pytest.raises(ValueError, match=f"^{width}x{height} pixels: .*multiples of 8, for example {nearest}$"):
+        vae.encode(torch.zeros(1, 1, 3, height, width))
+
+
+# ---- precision, layout, gradients ----------------------------------------------------------------------------------------
+
+
+def test_bf16_is_close_to_fp32(vae):
+    """Within bf16's rounding through some forty layers; and the dtype of the weights is the dtype that comes out."""
+    half = random_vae().bfloat16()
+    video, latents = a_video(9), torch.randn(2, 3, 16, 5, 3)
+    for a, b in ((half.encode(video)[0], vae.encode(video)[0]), (half.decode(latents), vae.decode(latents))):
+        assert a.dtype == torch.bfloat16
+        assert (a.float() - b).abs().mean() < 0.03 * b.abs().mean()
+
+
+def is_channels_last(p) -> bool:
+    return p.is_contiguous(memory_format=torch.channels_last if p.ndim == 4 else CHANNELS_LAST)
+
+
+def test_weights_are_channels_last_also_after_assignment():
+    """Loading assigns the file's layout; `channels_last()` puts it right. Catches a loader that silently loses a factor in speed."""
+    vae = CausalVAE(CONFIG)
+    kernels = [p for p in vae.parameters() if p.ndim >= 4]
+    assert all(is_channels_last(p) for p in kernels)
+    vae.load_state_dict({name: p.clone(memory_format=torch.contiguous_format) for name, p in vae.state_dict().items()}, assign=True)
+    assert not all(is_channels_last(p) for p in vae.parameters() if p.ndim >= 4)
+    vae.channels_last()
+    assert all(is_channels_last(p) for p in vae.parameters() if p.ndim >= 4)
+
+
+class ConvolutionInputs(TorchDispatchMode):
+    """Records the inputs of all 3x3x3 and 3x3 convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default and args[1].shape[-2:] == (3, 3):
+            self.seen.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_convolution_reads_channels_last_memory_in_every_chunk():
+    """The module's claim. `expand` or nothing in a `cat`, and repeat_interleave, lose the layout: then every second convolution of
+    the decoder's largest levels takes 1.6 times as long in bf16.
+
+    bf16, because PyTorch hands small float32 inputs of one sample to a kernel that knows no channels-last.
+    """
+    vae = random_vae().bfloat16()
+    with ConvolutionInputs() as inputs:
+        vae.encode(a_video(17, batch=1))
+        vae.decode(torch.randn(1, 5, 16, 5, 3))
+    assert len(inputs.seen) == 2 * (len(causal_convolutions(vae)) + 6)  # two chunks; three 2-D convolutions down, three up
+    assert all(is_channels_last(x) for x in inputs.seen)
+
+
+def resized(z, shape):
+    """As CogVideoX's SpatialNorm3D: nearest, the first of an odd number of frames by itself."""
+    T, H, W = shape
+    if T > 1 and T % 2:
+        first = F.interpolate(z[:, :, :1], (1, H, W))
+        return torch.cat([first, F.interpolate(z[:, :, 1:], (T - 1, H, W))], dim=2)
+    return F.interpolate(z, (T, H, W))
+
+
+@pytest.mark.parametrize("t, T", [(1, 1), (3, 3), (3, 5), (3, 9), (2, 2), (2, 4), (2, 8)])
+def test_spatial_norm_in_place_equals_the_formula_and_its_gradients(t, T):
+    """GN(x) * conv_y(z) + conv_b(z) with z resized, out of place, float64: value, and gradients of x, z and all weights."""
+    norm = Norm(12, replace(CONFIG, latent_channels=6), decoder=True).double()
+    for p in norm.parameters():
+        p.data.normal_()
+    args = [torch.randn(2, 12, T, 4, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 6, t, 2, 3, dtype=torch.float64, requires_grad=True)]
+
+    def formula(x, z):
+        z = resized(z, x.shape[2:])
+        return F.group_norm(x, 4, norm.norm.weight, norm.norm.bias, 1e-6) * norm.conv_y(z) + norm.conv_b(z)
+
+    ours, theirs = norm(*args), formula(*args)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    probe = torch.randn_like(ours)
+    inputs = [*args, *norm.parameters()]
+    for a, b in zip(torch.autograd.grad(ours, inputs, probe), torch.autograd.grad(theirs, inputs, probe)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_a_whole_round_trip_match_finite_differences():
+    """float64, two chunks each way, every weight along one random direction: in-place activations must not eat what backward needs."""
+    vae = random_vae().double().requires_grad_(True)
+    video = a_video(17, 16, 24).double()
+
+    def loss():
+        mean, logvar = vae.encode(video)
+        return (vae.decode(mean + (logvar / 2).exp()) - video).square().mean()
+
+    grads = torch.autograd.grad(loss(), list(vae.parameters()))
+    assert all(g.abs().max() > 0 for g in grads)
+    direction, eps = [torch.randn_like(p) * p.abs().mean() for p in vae.parameters()], 1e-6
+    values = []
+    with torch.no_grad():
+        for step in (eps, -2 * eps):
+            for p, d in zip(vae.parameters(), direction):
+                p += step * d
+            values.append(loss().item())
+    slope = sum((g * d).sum().item() for g, d in zip(grads, direction))
+    assert (values[0] - values[1]) / (2 * eps) == pytest.approx(slope, rel=1e-5)
+
+
+def test_golden_parameter_count():
+    """CogVideoX's VAE: 92,215,456 in the encoder, 123,368,451 in the decoder (fact sheet 2.1)."""
+    with torch.device("meta"):
+        vae = CausalVAE(VAE_PRESETS["cogvideox1.5"])
+    assert [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)] == [92_215_456, 123_368_451]
