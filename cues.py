@@ -113,8 +113,8 @@ def pose_cue(frame, mask, options: CueOptions, misalign=(1.0, (0, 0))) -> np.nda
     picture = picture.astype(np.float32) / 127.5
     if options.pose == "lowpass":
         picture = low_pass(picture, options.cutoff, options.kind)
-    planes = picture.transpose(2, 0, 1) if picture.ndim == 3 else np.repeat(picture[None], 3, 0)
-    return np.clip(planes - 1, -1, 1)                              # only butterworth and ideal overshoot
+    picture = np.clip(picture - 1, -1, 1)                          # only butterworth and ideal overshoot
+    return picture.transpose(2, 0, 1) if picture.ndim == 3 else np.repeat(picture[None], 3, 0)
 
 
 # ---- Location Cue: grid softening ----
@@ -127,19 +127,21 @@ def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 
     grid; blocks that the border cuts count their own pixels only.
     Paper silent: the grid; 16 pixels are one token, max is Animate Anyone 2's.
     """
-    soft = np.asarray(mask, np.float32)
-    for axis, size, offset in zip((-2, -1), soft.shape[-2:], phase):
-        along = lambda values: values[:, None] if axis == -2 else values
-        starts = np.arange(-(offset % cell), size, cell)
-        edges = np.append(starts.clip(0), size)
+    soft, sizes = np.asarray(mask, np.float32), mask.shape[-2:]
+    along = lambda values, axis: values[:, None] if axis == -2 else values
+    starts = [np.arange(-(offset % cell), size, cell) for size, offset in zip(sizes, phase)]
+    for axis in (-2, -1):
+        edges = np.append(starts[axis].clip(0), sizes[axis])
         if statistic == "max":
-            blocks = np.maximum.reduceat(soft, edges[:-1], axis)
+            soft = np.maximum.reduceat(soft, edges[:-1], axis)
         else:
-            blocks = np.add.reduceat(soft, edges[:-1], axis) / along(np.diff(edges).astype(np.float32))
-        position = ((np.arange(size) + 0.5 - starts[0]) / cell - 0.5).clip(0, len(starts) - 1)
+            soft = np.add.reduceat(soft, edges[:-1], axis) / along(np.diff(edges).astype(np.float32), axis)
+    for axis in (-2, -1):
+        last = len(starts[axis]) - 1
+        position = ((np.arange(sizes[axis]) + 0.5 - starts[axis][0]) / cell - 0.5).clip(0, last)
         left = position.astype(int)
-        near, far = blocks.take(left, axis), blocks.take((left + 1).clip(max=len(starts) - 1), axis)
-        soft = near + along((position - left).astype(np.float32)) * (far - near)       # exact where equal
+        near, far = soft.take(left, axis), soft.take((left + 1).clip(max=last), axis)
+        soft = near + along((position - left).astype(np.float32), axis) * (far - near)  # exact where equal
     return soft
 
 
@@ -148,13 +150,13 @@ def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 
 def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
     """(T, 4), NaN = no face. Interpolates gaps of up to `longest` frames; longer ones and both ends stay NaN.
 
-    Paper silent. So does a gap between two profiles (width / height under 0.8 of the median): there the head
-    has turned away and shows hair; it was not missed.
+    Paper silent. So does a gap between two profiles (narrower than 0.62 of their height): there the head has
+    turned away and shows hair; it was not missed.
     """
     boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))
     slim = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
     for left, right in zip(seen[:-1], seen[1:]):
-        turned_away = max(slim[left], slim[right]) < 0.8 * np.median(slim[seen])
+        turned_away = max(slim[left], slim[right]) < 0.62
         if 1 < right - left <= longest + 1 and not turned_away:
             weight = np.linspace(0, 1, right - left + 1)[1:-1, None]
             boxes[left + 1:right] = (1 - weight) * boxes[left] + weight * boxes[right]
@@ -225,11 +227,11 @@ def to_canvas(boxes, source_shape, canvas, back: bool = False) -> np.ndarray:
     return (boxes + 0.5 - offset) / scale - 0.5 if back else (boxes + 0.5) * scale + offset - 0.5
 
 
-def blobs(mask: np.ndarray, most: int) -> list[np.ndarray]:
-    """Connected components, largest first."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(np.uint8(mask))
-    order = np.argsort(-stats[1:, cv2.CC_STAT_AREA]) + 1                   # label 0 is the background
-    return [labels == label for label in order[:most]]
+def blobs(mask: np.ndarray, share: float) -> list[np.ndarray]:
+    """Connected components of at least `share` of the largest one's area, largest first."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(np.uint8(mask))
+    area = stats[1:, cv2.CC_STAT_AREA]                             # label 0 is the background
+    return [labels == k + 1 for k in np.argsort(-area) if area[k] >= share * area.max()]
 
 
 # ---- Perception: who is where ----
@@ -275,9 +277,12 @@ class PersonNet:
         if np.isfinite(where).all():
             near = pixels(grown(where, 0.15))
             chance[near] = (chance[near] + self.look(frame[near])) / 2
-        marked, rows = chance > 0.5, lambda mask: mask.any(1).sum()
-        # Two sure cores, each about as tall as all there is, are two people; chest and legs of one are not.
-        cores = [core for core in blobs(chance > 0.9, 8) if rows(core) > 0.6 * rows(marked)]
+        marked, cores = chance > 0.5, []
+        for core in blobs(chance > 0.9, 0.2):
+            # Sure regions side by side are different people; one above the other are chest and legs of one.
+            shared = [(core.any(1) & other.any(1)).sum() for other in cores]
+            if all(rows > core.any(1).sum() / 2 for rows in shared):
+                cores.append(core)
         known = [] if previous is None else self.people
         seeds = cores if len(cores) > 1 and len(cores) >= len(known) else known
         owner = np.zeros(marked.shape, int)
@@ -389,32 +394,34 @@ def load_scrfd(path: Path) -> Callable:
     return lambda bgr: np.array([face.bbox for face in app.get(bgr)]).reshape(-1, 4)
 
 
-class FaceFinder:
+def load_face_finder(model: str | Path | None = None) -> Callable:
     """(H0, W0, 3) uint8 RGB -> (n, 4) face boxes, by YuNet for an .onnx file, else by insightface's SCRFD.
 
     model: an insightface model folder or the name of a pack; the default, buffalo_l, is fetched once by
-    insightface and for non-commercial research only. A face that fills the frame is found on a padded frame;
-    that is tried until a small face was seen, since it also finds faces in hair.
+    insightface and for non-commercial research only.
     """
+    path = Path(model or "buffalo_l")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            detect = load_yunet(path) if path.suffix == ".onnx" else load_scrfd(path)
+    except Exception as error:                                     # insightface asserts, cv2: own class
+        raise OSError(f"the face detector {path} can be neither loaded nor fetched ({brief(error)}): give "
+                      "--face-model an insightface model folder or a YuNet .onnx") from None
+    return lambda frame: detect(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)) - 0.5      # edges to pixel centres
 
-    def __init__(self, model: str | Path | None = None):
-        self.small, path = False, Path(model or "buffalo_l")
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.detect = load_yunet(path) if path.suffix == ".onnx" else load_scrfd(path)
-        except Exception as error:                                 # insightface asserts
-            raise OSError(f"the face detector {path} can be neither loaded nor fetched ({brief(error)})"
-                          ": give --face-model an insightface model folder or a YuNet .onnx") from None
 
-    def __call__(self, frame) -> np.ndarray:
-        bgr, pad = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), max(frame.shape) // 4
-        boxes = self.detect(bgr)
-        if len(boxes):
-            self.small = (boxes[:, 2] - boxes[:, 0]).max() < min(frame.shape[:2]) / 4
-        elif not self.small:
-            boxes = self.detect(cv2.copyMakeBorder(bgr, pad, pad, pad, pad, cv2.BORDER_CONSTANT)) - pad
-        return boxes - 0.5                                         # from pixel edges to pixel centres
+def find_face(face_finder: Callable, frame, mask: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The face that lies on the person's mask and on her last face; NaN where the best hardly does.
+
+    Detectors miss a face that fills the frame: they get it again with a margin, but not where the last face
+    was small, since a second look also finds faces in hair.
+    """
+    boxes, pad = face_finder(frame), max(frame.shape) // 4
+    if not len(boxes) and not last[2] - last[0] < min(frame.shape[:2]) / 4:
+        boxes = face_finder(cv2.copyMakeBorder(frame, pad, pad, pad, pad, cv2.BORDER_CONSTANT)) - pad
+    score = [mask[pixels(box)].sum() / max(mask[pixels(box)].size, 1) + box_iou(box, last) for box in boxes]
+    return boxes[np.argmax(score)].astype(float) if score and max(score) > 0.5 else np.full(4, np.nan)
 
 
 def paint_mask(body: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
@@ -469,7 +476,7 @@ class Finder:
                 body, face = read_mask(mask, *frame.shape[:2])
                 person = Person(body, 1.0, 1.0)
             if self.face_finder is not None:
-                face = choose_face(self.face_finder(frame), person.mask, last_face)
+                face = find_face(self.face_finder, frame, person.mask, last_face)
             previous = person.mask if person.mask.any() else previous
             last_face = face if np.isfinite(face).all() else last_face
             yield frame, person, face
@@ -487,12 +494,6 @@ def choose(people: list[Person], previous, shape, number: int | None) -> Person:
     if number > len(people):
         raise ValueError(f"--person {number}: the first frame with anybody shows {len(people)}")
     return sorted(people, key=lambda person: tight_box(person.mask)[0])[number - 1]
-
-
-def choose_face(boxes: np.ndarray, mask: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The face that lies on the person's mask and on her last face; NaN where the best hardly does."""
-    score = [mask[pixels(box)].sum() / max(mask[pixels(box)].size, 1) + box_iou(box, last) for box in boxes]
-    return boxes[np.argmax(score)].astype(float) if score and max(score) > 0.5 else np.full(4, np.nan)
 
 
 # ---- Pass 1: analyse ----
@@ -575,20 +576,26 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
     Perception sees native pixels; masks and boxes are then letterboxed onto the canvas. `progress` may wrap
     the frames. ValueError: an empty clip, no frame accepted, or a reference that shows nobody to align to.
     """
-    canvas, masks, bodies, faces, scores, colours = reference.shape[:2], [], [], [], [], []
+    canvas, masks, bodies, faces, scores, cuts = reference.shape[:2], [], [], [], [], []
+    own_box, own_face = np.full(4, np.nan), np.full(4, np.nan)
+    if options.align != "none":
+        _, person, own_face = next(find.reference([reference]))
+        own_box = tight_box(without_strays(person.mask))
+        align(options.align, own_box, own_box[None], own_face, own_face[None])    # fails before the long part
     for frame, person, face in find(progress(source)):
         mask = without_strays(letterbox(np.uint8(person.mask) * 255, *canvas) > 127)
         body, overlap = tight_box(mask), 0.0
-        if bodies and np.isfinite([body, bodies[-1]]).all():
+        if masks and np.isfinite([body, bodies[-1]]).all():
             moved = warp(last_mask, 1.0, centre(body) - centre(bodies[-1]))
             overlap = (moved & mask).sum() / (moved | mask).sum()
+        colour = cv2.calcHist([resize(frame, 64, 64)], [0, 1, 2], None, [8] * 3, [0, 256] * 3) / 64 ** 2
+        if masks and np.abs(colour - last_colour).sum() / 2 > 0.5:
+            cuts.append(len(masks))
         masks.append(zlib.compress(np.packbits(mask)))
         bodies.append(body)
         faces.append(to_canvas(face, frame.shape, canvas))
         scores.append((person.predicted_iou, person.stability, mask.sum(), overlap))
-        histogram = cv2.calcHist([resize(frame, 64, 64)], [0, 1, 2], None, [8] * 3, [0, 256] * 3)
-        colours.append(histogram.ravel() / 64 ** 2)
-        last_mask, source_size = mask, frame.shape[:2]
+        last_mask, last_colour, source_size = mask, colour, frame.shape[:2]
     if not masks:
         raise ValueError("the driving video has no frames")
     scores, face_boxes = np.array(scores, float), fill_gaps(np.array(faces))
@@ -596,43 +603,39 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
     scores[:, 2] = [n / np.nanmedian(area[max(0, k - 15):k + 16]) if n > 0 else 0 for k, n in enumerate(area)]
     scores[:, 3] = np.maximum(scores[:, 3], np.append(scores[1:, 3], 0))
     track = Track(canvas, source_size, masks, np.array(bodies), face_boxes, face_squares(face_boxes), scores,
-                  np.ones(len(masks), bool), np.full(4, np.nan))
+                  np.ones(len(masks), bool), own_box)
     rejected = faults(track, options)
     track.accepted = ~np.any(list(rejected.values()), 0)
     if not track.accepted.any():
         worst = max(rejected, key=lambda reason: rejected[reason].sum())
         raise ValueError(f"none of the {len(masks)} driving frames is accepted; "
                          f"{rejected[worst].sum()} fail for: {worst}")
-    reference_face = np.full(4, np.nan)
-    if options.align != "none":
-        _, person, reference_face = next(find.reference([reference]))
-        track.reference_box = tight_box(without_strays(person.mask))
-        track.scale, track.shift_xy = align(options.align, track.reference_box, track.body_boxes,
-                                            reference_face, face_boxes, track.accepted)
-    track.warnings = complaints(track, reference_face, np.array(colours))
+    track.scale, track.shift_xy = align(options.align, own_box, track.body_boxes, own_face, face_boxes,
+                                        track.accepted)
+    track.warnings = complaints(track, own_face, cuts)
     return track
 
 
-def complaints(track: Track, reference_face: np.ndarray, colours: np.ndarray) -> list[str]:
+def complaints(track: Track, own_face: np.ndarray, cuts: list[int]) -> list[str]:
     """What a person should look at before spending GPU hours, in words."""
     lines, kept, seen = [], track.accepted, np.isfinite(track.face_boxes[:, 0])
     if kept.mean() < 0.5:
         lines.append(f"{(~kept).sum()} of {len(kept)} driving frames are rejected: motion there is guessed")
-    for index in np.flatnonzero(np.abs(np.diff(colours, axis=0)).sum(1) / 2 > 0.5):
-        lines.append(f"frame {index + 1} looks like a cut: give one shot at a time")
+    for index in cuts:
+        lines.append(f"frame {index} looks like a cut: give one shot at a time")
     if not seen.any():
         lines.append("no face was found in the driving video: the Face Cue is black throughout")
     if np.isnan(track.reference_box).any():
         return lines                                               # nothing was aligned
-    if np.isnan(reference_face).any():
+    if np.isnan(own_face).any():
         lines.append("no face was found in the reference")
     low, high = PLAUSIBLE_SCALE
     if not low <= track.scale <= high:
         lines.append(f"scale {track.scale:.2f} is outside [{low:g}, {high:g}]: crop the video or the "
                      "reference, so that both persons fill their pictures alike")
-    if (kept & seen).any() and np.isfinite(reference_face).all():
+    if (kept & seen).any() and np.isfinite(own_face).all():
         heads = height(track.body_boxes[kept & seen]) / height(track.face_boxes[kept & seen])
-        ratio = height(track.reference_box) / height(reference_face) / np.median(heads)
+        ratio = height(track.reference_box) / height(own_face) / np.median(heads)
         if max(ratio, 1 / ratio) > 1.6:
             more, less = ("reference", "driving video") if ratio > 1 else ("driving video", "reference")
             lines.append(f"half body against full body: the {more} shows more of the person than the {less}, "
@@ -829,6 +832,8 @@ def finders(args: argparse.Namespace) -> Finder:
         raise ValueError("--segmenter and --sam are two segmenters: give one")
     if args.masks and args.person is not None:
         raise ValueError("--person chooses among people, and --masks has chosen already: give one")
+    if args.masks and args.reference_mask and (args.segmenter or args.sam):
+        raise ValueError("--masks and --reference-mask leave nothing to segment: drop --segmenter and --sam")
     if args.person is not None and args.person < 1:
         raise ValueError(f"--person {args.person}: people count from 1, from the left")
     masks = reference_mask = segmenter = face_finder = None
@@ -840,13 +845,15 @@ def finders(args: argparse.Namespace) -> Finder:
     if masks is None or reference_mask is None:
         segmenter = PersonNet(args.segmenter) if args.segmenter else Sam(args.sam)
     if masks is None or args.face_model:
-        face_finder = FaceFinder(args.face_model)
+        face_finder = load_face_finder(args.face_model)
     return Finder(segmenter, face_finder, args.person, masks, reference_mask)
 
 
 def preview(args: argparse.Namespace) -> None:
     from tqdm import tqdm
     check_output(args.output, args.reference, args.drive)
+    if args.rows < 1 or args.area < 256:
+        raise ValueError(f"--rows {args.rows} --area {args.area}: give at least 1 row and 256 pixels")
     chosen, find = options(args), finders(args)
     picture, source = read_image(args.reference), Video(args.drive, fps=args.fps)
     reference = cover(picture, *output_size(*picture.shape[:2], args.area))
@@ -897,6 +904,8 @@ def main() -> None:
         preview(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; nothing was written\n")
 
 
 if __name__ == "__main__":

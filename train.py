@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 STAGES = ("vae", "0", "1", "2")
+VAE_OF = {"cogvideox1.5-5b": "cogvideox1.5", "tiny": "toy"}  # whose latents a preset is trained on, where the names differ
 DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
     "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), lr=2e-5, batch=1, align_depth=10, ema=0.0, checkpointing=True, window=13),
     "toy": dict(steps=(8000, 20_000, 3000, 3000), lr=5e-4, batch=16, align_depth=1, ema=0.999, checkpointing=False, window=5),
@@ -77,6 +78,10 @@ def parse_args(argv=None):
     add("--eval-every", type=int, default=500, help="steps between held-out losses, loss plots and sample strips; 0: never")
     args = parser.parse_args(argv)
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
+    if (args.stage == "2") != (args.teacher is not None):
+        parser.error("--stage 2 needs --teacher RUN, a stage-1 run folder or weights file; the other stages take none")
+    if args.init == "backbone" and args.stage != "2":
+        parser.error("--init is a choice of stage 2: stage 1 always starts from the backbone")
     return parser, args
 
 
@@ -123,11 +128,11 @@ class Denoising(nn.Module):
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         target = self.schedule.velocity(batch["latents"], batch["noise"], batch["step"])
-        aligned = "teacher_features" in batch
-        inputs = self.noisy(batch), batch["step"], batch["text"], batch.get("pose"), batch.get("face")
-        v, features = self.model(*inputs, tap=self.align_depth if aligned else 0)
+        v, features = self.model(
+            self.noisy(batch), batch["step"], batch["text"], batch.get("pose"), batch.get("face"), tap=self.align_depth
+        )
         losses = {"denoise": F.mse_loss(v.to(target.dtype), target, reduction="none").flatten(1).mean(1)}
-        if aligned:
+        if "teacher_features" in batch:
             losses["s2x"] = same2x(features, batch["teacher_features"])
         return losses
 
@@ -189,7 +194,7 @@ def build(args) -> nn.Module:
     if args.backbone:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":
-        return DiT(config)  # from scratch, for tests
+        return DiT(config)  # small enough to start from nothing
     raise ValueError(f"--stage {args.stage} starts from a backbone: give --backbone (a CogVideoX1.5-5B-I2V folder, or a stage-0 run)")
 
 
@@ -312,6 +317,23 @@ class Meter:
         return record
 
 
+@torch.no_grad()
+def held_out_loss(args, objective: nn.Module, ema: dict | None, scale: float, device, autocast, wide, batches: int = 4) -> float:
+    """Denoising loss on the test split with the averaged weights: the same clips, noise and steps every time, no dropouts."""
+    clips, G = Clips(args.data, args, scale, split="test"), 16
+    model, total = objective.model, 0.0
+    trained = {name: p.data for name, p in model.named_parameters()}
+    for name, p in model.named_parameters() if ema else ():
+        p.data = ema[name]
+    for k in range(batches):
+        batch = to_device(clips.batch(k, range(G), G), device, wide)
+        with autocast:
+            total += objective({n: v for n, v in batch.items() if not n.startswith("teacher")})["denoise"].mean().item() / batches
+    for name, p in model.named_parameters():
+        p.data = trained[name]
+    return total
+
+
 def total_loss(losses: dict[str, Tensor], args) -> Tensor:
     weights = {"denoise": 1.0, "s2x": args.s2x_weight, "pixels": 1.0, "edges": 0.5, "kl": 1e-5}
     return sum(weights[name] * value.mean() for name, value in losses.items())
@@ -343,7 +365,8 @@ def train(args) -> None:
     wrapped = ranks.wrap(objective)
 
     G = args.batch * args.accumulate * ranks.count  # samples a step; this rank's are i = rank, rank + ranks.count, ...
-    data = Pictures(args) if args.stage == "vae" else Clips(args.data, args)
+    scale = VAE_PRESETS[VAE_OF.get(args.preset, args.preset)].scaling_factor
+    data = Pictures(args) if args.stage == "vae" else Clips(args.data, args, scale)
     ranks.print(f"stage {args.stage}, preset {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} clips, "
                 f"{G} samples a step on {ranks.count} x {ranks.device.type}, {str(dtype).removeprefix('torch.')} ({ranks.reason})")
     if args.dry_run:
@@ -396,6 +419,10 @@ def train(args) -> None:
                 left = (args.steps - done) / rate
                 ranks.print(f"stage {args.stage} | step {done}/{args.steps} | {' | '.join(words)} | grad {record['grad']:.2f} | "
                             f"{rate:.2f} it/s | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left")
+        if args.stage != "vae" and args.eval_every and done % args.eval_every == 0 and ranks.rank == 0:
+            value = held_out_loss(args, objective, ema, scale, ranks.device, autocast, wide)
+            log.write(json.dumps({"step": done, "held_out": value}) + "\n"), log.flush()
+            ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
         if (done % args.save_every == 0 or done == args.steps) and ranks.rank == 0:
             save_checkpoint(run, done, args, model, ema, optimizer)
     if ranks.count > 1:

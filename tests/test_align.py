@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from align import align, centre, fit_similarity, height, misalignment, resized, tight_box, transform, warp
 from align import without_strays
 
-H, W = 40, 64                                                          # not square, so a swapped axis cannot pass
+H, W = 40, 64                                                          # not square: no swapped axis can pass
 
 
 def block(x0, y0, x1, y1, shape=(H, W)):
@@ -51,7 +51,7 @@ def eq_9_and_10(reference, masks):
 @settings(max_examples=30, deadline=None)
 @given(boxes_inside, st.lists(boxes_inside, min_size=1, max_size=4))
 def test_eq_9_and_10_equal_the_page(reference, boxes):
-    """Catches a swapped axis, a height of y_max - y_min + 1, a mean where Eq. 9 has the median, t = c - c_bar."""
+    """Catches a swapped axis, a height of y_max - y_min + 1, a mean in place of the median, t = c - c_bar."""
     masks = np.stack([block(*box) for box in boxes])
     scale, shift_xy = fit_similarity(block(*reference), masks)
     s, t = eq_9_and_10(block(*reference), masks)
@@ -85,7 +85,7 @@ def test_warp_keeps_the_dtype_and_the_identity_keeps_every_pixel():
 def test_a_known_similarity_is_undone_to_within_a_pixel(scale, t_x, t_y):
     """The claim of A.2 itself: after alignment heights and centres are the reference's, where no box is cut.
 
-    Boxes agree exactly. A nearest-pixel mask adds its rounding and, enlarged, half of a pixel's growth per side.
+    Boxes agree exactly. A nearest-pixel mask adds its rounding and, enlarged, the growth of half a pixel a side.
     """
     shape = (200, 160)
     masks = np.stack([block(60 + k, 70 - k, 90 + 2 * k, 120 + k, shape) for k in range(5)])
@@ -174,7 +174,7 @@ def test_boxes_go_where_their_pixels_go():
 
 @pytest.mark.parametrize("ratio", [2, 3])
 def test_a_similarity_resized_equals_the_similarity_of_resized_masks(ratio):
-    """Centres at integers shift by half a pixel when a canvas grows; forgetting it moves masks by (s - 1) / 2."""
+    """Integer centres shift by half a pixel when a canvas grows; forgetting it moves masks by (s - 1) / 2."""
     mask, scale, shift_xy = block(20, 10, 40, 30), 1.5, np.array([-7.0, -9.0])
     large = mask.repeat(ratio, 0).repeat(ratio, 1)
     box = tight_box(warp(large, *resized(scale, shift_xy, ratio)))
@@ -195,7 +195,7 @@ def test_misalignment_keeps_70_percent_inside_and_its_ranges(seed, box):
     inside = ((moved > -0.5) & (moved < np.array([W, H]) - 0.5)).all(1)
     assert inside.mean() >= 0.7
     drift = transform(centre(tight_box(mask)), scale, shift_xy) - centre(tight_box(mask))
-    assert (np.abs(drift) <= 0.15 * np.array([W, H]) + 1e-9).all()     # about the centroid, so only the shift moves it
+    assert (np.abs(drift) <= 0.15 * np.array([W, H]) + 1e-9).all()     # only the shift moves the centroid
 
 
 def test_misalignment_draws_the_same_number_in_every_case_and_leaves_one_clip_in_five():
@@ -212,7 +212,7 @@ def test_misalignment_draws_the_same_number_in_every_case_and_leaves_one_clip_in
 
 
 def test_misalignment_scales_log_uniformly():
-    """Uniform in the scale itself would enlarge more often; half the log-uniform draws lie below sqrt(0.98)."""
+    """Uniform in the scale would enlarge more often; half the log-uniform draws lie below sqrt(0.98)."""
     tiny = block(30, 18, 34, 22)
     scales = [misalignment(tiny, np.random.default_rng(seed), probability=1)[0] for seed in range(400)]
     assert abs(np.mean(np.array(scales) < np.sqrt(0.7 * 1.4)) - 0.5) < 0.075

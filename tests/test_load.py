@@ -47,9 +47,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def their_transformer(heads=48, head_dim=64, layers=42, text_dim=4096, time_dim=512, **changes):
-    fields = dict(in_channels=32, out_channels=16, patch_size=2, patch_size_t=2, patch_bias=False, ofs_embed_dim=time_dim, time_embed_dim=time_dim)
-    fields |= dict(text_embed_dim=text_dim, sample_frames=81, sample_height=96, sample_width=170, use_rotary_positional_embeddings=True)
-    return diffusers.CogVideoXTransformer3DModel(num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **fields | changes)
+    fields = dict(num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, in_channels=32, out_channels=16)
+    fields |= dict(patch_size=2, patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True)
+    fields |= dict(ofs_embed_dim=time_dim, time_embed_dim=time_dim, text_embed_dim=text_dim)
+    fields |= dict(sample_frames=81, sample_height=96, sample_width=170)
+    return diffusers.CogVideoXTransformer3DModel(**fields | changes)
 
 
 def their_vae(channels=(128, 256, 256, 512), layers=3, groups=32):
@@ -119,16 +121,16 @@ def whole(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("cogvideox")
     torch.manual_seed(0)
-    models = {"transformer": their_transformer(3, 32, 2, 56, 40), "vae": their_vae((8, 16, 16, 24), 1, 4), "text_encoder": their_t5(64, 48, 8, 72, 2, 4)}
+    models = {"transformer": their_transformer(3, 32, 2, 56, 40), "vae": their_vae((8, 16, 16, 24), 1, 4)}
+    models["text_encoder"] = their_t5(64, 48, 8, 72, 2, 4)
     for name, model in models.items():
         for p in model.parameters():
             p.data = torch.randn(p.shape) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
         model.save_pretrained(folder / name, max_shard_size="300KB" if name == "transformer" else "1GB")
     (folder / "tokenizer").mkdir()
     (folder / "lines.txt").write_text("a woman in a red dress dances on a terrace\n" * 20)
-    SentencePieceTrainer.train(
-        input=str(folder / "lines.txt"), model_prefix=str(folder / "tokenizer/spiece"), vocab_size=20, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2
-    )
+    paths = dict(input=str(folder / "lines.txt"), model_prefix=str(folder / "tokenizer/spiece"))
+    SentencePieceTrainer.train(**paths, vocab_size=20, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     return folder
 
 
@@ -373,7 +375,8 @@ def test_a_loaded_model_with_cues_equals_cogvideox_bit_for_bit(whole, injection)
             assert (norm.weight == 1).all() and (norm.bias == 0).all()
     if injection == "cross":
         scale = model.config.dim**-0.5  # PyTorch's own initialisation: uniform up to 1/sqrt(D)
-        assert all(0.4 * scale < layer.weight.std() < 0.7 * scale for block in model.blocks for layer in (block.cues.attn.q, block.cues.attn.k))
+        layers = [layer for block in model.blocks for layer in (block.cues.attn.q, block.cues.attn.k, block.cues.attn.v)]
+        assert all(0.4 * scale < layer.weight.std() < 0.7 * scale for layer in layers)
 
 
 def test_load_transformer_makes_the_cue_layers_of_a_fresh_model(whole):
@@ -415,7 +418,7 @@ def test_our_files_round_trip_bit_for_bit_with_their_header(tmp_path, network_cl
     save_weights(path, network, preset="tiny", stage=2, step=1200)
     loaded, header = load_weights(path, config=network.config)
     assert type(loaded) is network_class and loaded.config == network.config
-    assert {k: header[k] for k in ("preset", "stage", "step", "network")} == {"preset": "tiny", "stage": 2, "step": 1200, "network": network_class.__name__}
+    assert [header[k] for k in ("network", "preset", "stage", "step")] == [network_class.__name__, "tiny", 2, 1200]
     assert header == read_header(path)
     ours, theirs = dict(loaded.named_parameters()), dict(network.named_parameters())
     assert ours.keys() == theirs.keys()
@@ -580,7 +583,7 @@ def test_full_size_fp32_t5_loads_as_bf16_without_a_second_copy(tmp_path):
         done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         size, before, peak, seconds = (float(v) for v in done.stdout.split())
-        print(f"T5 XXL, float32 on disk to bfloat16: {size:.2f} GiB finished, peak anonymous {peak:.2f} GiB ({before:.2f} before), {seconds:.0f} s")
+        print(f"T5 XXL: {size:.2f} GiB finished, peak anonymous {peak:.2f} GiB ({before:.2f} before loading), {seconds:.0f} s")
         assert size == pytest.approx(4_762_310_656 * 2 / 2**30, abs=1e-3)
         assert peak <= size + 1.5
     finally:

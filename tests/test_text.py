@@ -11,8 +11,9 @@ from text import EOS, PAD, T5_PRESETS, TEXT_LENGTH, UNKNOWN, RMSNorm, T5Config, 
 CONFIG = T5Config(vocab=60, dim=40, num_heads=3, head_dim=16, ff_dim=56, depth=2)
 
 # T5's bucket of every relative position (key minus query) from -140 to 140, by transformers 5.23.0, as (bucket, how often)
-GOLDEN_BUCKETS = [(15, 50), (14, 27), (13, 18), (12, 14), (11, 9), (10, 7), (9, 4), (8, 4), (7, 1), (6, 1), (5, 1), (4, 1), (3, 1), (2, 1), (1, 1), (0, 1)]
-GOLDEN_BUCKETS += [(17, 1), (18, 1), (19, 1), (20, 1), (21, 1), (22, 1), (23, 1), (24, 4), (25, 4), (26, 7), (27, 9), (28, 14), (29, 18), (30, 27), (31, 50)]
+GOLDEN_BUCKETS = [(15, 50), (14, 27), (13, 18), (12, 14), (11, 9), (10, 7), (9, 4), (8, 4)]
+GOLDEN_BUCKETS += [(b, 1) for b in (7, 6, 5, 4, 3, 2, 1, 0, 17, 18, 19, 20, 21, 22, 23)]
+GOLDEN_BUCKETS += [(24, 4), (25, 4), (26, 7), (27, 9), (28, 14), (29, 18), (30, 27), (31, 50)]
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,8 @@ def spiece(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "lines.txt").write_text("a woman in a red dress dances on a terrace\nthe dancer turns and the dress follows\n" * 20)
-    SentencePieceTrainer.train(
-        input=str(folder / "lines.txt"), model_prefix=str(folder / "spiece"), vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2
-    )
+    paths = dict(input=str(folder / "lines.txt"), model_prefix=str(folder / "spiece"))
+    SentencePieceTrainer.train(**paths, vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     return folder
 
 
@@ -69,8 +69,8 @@ def test_odd_text_gives_transformers_ids(assets):
     """300 prompts of marks, spaces, controls, accents, ligatures, CJK and emoji in random order, with CogVideoX's own tokenizer."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.T5Tokenizer.from_pretrained(assets / "weights" / "tokenizer")
-    atoms = ["</s>", "<pad>", "<unk>", "<s>", "<", " ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00", "\u202e", "▁", "_"]
-    atoms += ["a", "dancer", "The", "é", "e\u0301", "ß", "İ", "ﬁ", "½", "…", "“", "'", ".", "123", "日本", "\u4e2d", "💃🏽", "\ufffd"]
+    atoms = ["</s>", "<pad>", "<unk>", "<s>", "<", " ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00", "\u202e"]
+    atoms += ["▁", "_", "a", "dancer", "The", "é", "e\u0301", "ß", "İ", "ﬁ", "½", "…", "“", "'", ".", "123", "日本", "💃🏽", "\ufffd"]
     chosen = random.Random(0)
     prompts = ["".join(chosen.choices(atoms, k=chosen.randint(0, 9))) for _ in range(300)]
     expected = theirs(prompts, padding="max_length", max_length=226, truncation=True, return_tensors="pt").input_ids
@@ -145,8 +145,9 @@ def test_attention_has_no_scale_and_a_bias_by_direction():
     q, k, v = ((h @ layer.weight.T).view(L, 3, 16) for layer in (block.q, block.k, block.v))
     for head in range(3):
         for i in range(L):
-            scores = [sum(q[i, head, d] * k[j, head, d] for d in range(16)) + table[bucket(torch.tensor(j - i), 32, 128), head] for j in range(L)]
-            weights = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
+            dots = [sum(q[i, head, d] * k[j, head, d] for d in range(16)) for j in range(L)]
+            weights = torch.stack([dots[j] + table[bucket(torch.tensor(j - i), 32, 128), head] for j in range(L)]).exp()
+            weights = weights / weights.sum()
             expected = sum(weights[j] * v[j, head] for j in range(L))
             torch.testing.assert_close(seen[0][0, i, head * 16 : (head + 1) * 16], expected)
 
@@ -171,7 +172,7 @@ def test_rms_norm_equals_a_loop_and_squares_in_float32():
             rms = math.sqrt(sum(v * v for v in x[b, n].tolist()) / 6 + 1e-6)
             assert norm(x)[b, n].tolist() == pytest.approx([v / rms * w for v, w in zip(x[b, n].tolist(), norm.weight.tolist())])
     wide = torch.full((1, 6), 3e4, dtype=torch.float16)  # its square is past float16's range
-    assert norm.half()(wide).isfinite().all()
+    torch.testing.assert_close(norm.half()(wide), norm.weight[None])
 
 
 def test_bf16_states_are_finite_and_close():

@@ -89,8 +89,8 @@ def test_later_chunks_never_change_earlier_frames(vae, first_changed):
     assert not torch.equal(a[:, before], b[:, before])
 
 
-def test_each_frame_of_a_past_chunk_reaches_the_next(vae):
-    """Two frames of every convolution's input are carried over; catches a cache of one, or one that is never read."""
+def test_the_end_of_a_chunk_reaches_the_next(vae):
+    """Chunks are one clip: catches a cache that is filled and never read."""
     video = a_video()
     mean, _ = vae.encode(video)
     for frame in (7, 8):  # the last two of the first chunk
@@ -249,6 +249,8 @@ def test_pictures_up_to_one_tile_are_untouched_by_tiling(vae, small_tiles):
     tiled = *vae.encode(video), vae.decode(latents)
     vae.tile(False)
     assert all(torch.equal(a, b) for a, b in zip(plain, tiled))
+    first = latents[:, :3].transpose(1, 2).contiguous(memory_format=CHANNELS_LAST)
+    assert torch.equal(Tiles(vae.decoder, 10, 9, True, 1, 8)(first), vae.decoder(first, {}))  # not multiplied and divided by weights
 
 
 def smooth(frames, channels, height, width, cell):
@@ -338,11 +340,14 @@ def test_tiles_stream_too(vae, small_tiles):
     "frames, nearest", [(0, "1 or 9"), (2, "1 or 9"), (8, "1 or 9"), (10, "9 or 17"), (16, "9 or 17"), (18, "17 or 25"), (50, "49 or 57")]
 )
 def test_frame_counts_other_than_8k_plus_1_are_refused(vae, frames, nearest):
-    """Padded or cut in silence, sound and picture would part. The stream, which learns the count at the end, refuses it then."""
-    video = torch.zeros(1, frames, 3, 8, 16)
-    for run in (lambda: vae.encode(video), lambda: list(vae.encode_stream(iter(video.unbind(1))))):
+    """Padded or cut in silence, sound and picture would part. `encode` refuses at once, a stream when it learns the count: at its end."""
+    video, runs = torch.zeros(1, frames, 3, 8, 16), []
+    hook = vae.encoder.register_forward_hook(lambda *_: runs.append(1))
+    for run, at_most in ((lambda: vae.encode(video), 0), (lambda: list(vae.encode_stream(iter(video.unbind(1)))), frames // 8)):
         with pytest.raises(ValueError, match=f"^{frames} frames: .* 8k\\+1, for example {nearest}$"):
             run()
+        assert len(runs) <= at_most
+    hook.remove()
 
 
 @pytest.mark.parametrize("f, nearest", [(2, "1 or 3"), (4, "3 or 5"), (14, "13 or 15")])
@@ -427,7 +432,7 @@ def test_spatial_norm_in_place_equals_the_formula_and_its_gradients(t, T):
     norm = Norm(12, replace(CONFIG, latent_channels=6), decoder=True).double()
     for p in norm.parameters():
         p.data.normal_()
-    args = [torch.randn(2, 12, T, 4, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 6, t, 2, 3, dtype=torch.float64, requires_grad=True)]
+    args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 12, T, 4, 6), (2, 6, t, 2, 3))]
 
     def formula(x, z):
         z = resized(z, x.shape[2:])
