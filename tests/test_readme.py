@@ -1,0 +1,58 @@
+"""README says only what is so: its commands run as written, its files, names and flags exist."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+def test_first_command_runs_as_written_in_a_copy_of_the_repository(tmp_path):
+    """All but the installation, which made this environment."""
+    for path in [*ROOT.glob("*.py"), ROOT / "requirements.txt"]:
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    setup, _, run = COMMANDS[0].rpartition("&& python ")
+    assert setup.split() == "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt".split()
+    done = subprocess.run([sys.executable, *run.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "ref_drive.mp4").stat().st_size > 1000 and "noise" in done.stdout
+
+
+def test_ci_runs_what_readme_says():
+    """.ci/run installs and tests with README's own command."""
+    script = (ROOT / ".ci/run").read_text()
+    setup = next(command for command in COMMANDS if command.endswith("&& pytest"))
+    for part in setup.split("&&"):
+        words = part.replace(". .venv", "source .venv").split()
+        assert all(word in script for word in words), part
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("python ") and ".py" in c}))
+def test_every_flag_in_readme_exists(command):
+    """Catches a renamed or removed option."""
+    words = command.split()
+    script, sub = words[1], [w for w in words[2:3] if re.fullmatch(r"[a-z-]+", w)]
+    text = subprocess.run([sys.executable, script, *sub, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for flag in (w.split("=")[0] for w in words if w.startswith("-")):
+        assert re.search(rf"(^|[\s,\[]){re.escape(flag)}\b", text), f"{flag} is not in {script} --help"
+
+
+def test_files_named_in_readme_exist():
+    for name in re.findall(r"`((?:tests/)?\w+\.py)`", README) + re.findall(r"\]\((assets/[^)]+)\)", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_names_in_readme_exist():
+    """`module.Name` in the tables is a real attribute."""
+    for module, name in re.findall(r"`(model|diffusion|align|cues|data|train|vae)\.(\w+)`", README):
+        if name != "py":
+            text = (ROOT / f"{module}.py").read_text()
+            assert re.search(rf"^(class|def) {name}\b|^{name} =", text, flags=re.M), f"{module}.{name}"
