@@ -277,12 +277,10 @@ class PersonNet:
         if np.isfinite(where).all():
             near = pixels(grown(where, 0.15))
             chance[near] = (chance[near] + self.look(frame[near])) / 2
-        marked, cores = chance > 0.5, []
-        for core in blobs(chance > 0.9, 0.2):
-            # Sure regions side by side are different people; one above the other are chest and legs of one.
-            shared = [(core.any(1) & other.any(1)).sum() for other in cores]
-            if all(rows > core.any(1).sum() / 2 for rows in shared):
-                cores.append(core)
+        marked, rows = chance > 0.5, lambda mask: mask.any(1).sum()
+        # Sure cores, each nearly as tall as all there is, are different people; chest and legs of one are not.
+        tall = 0.6 * rows(without_strays(marked))
+        cores = [core for core in blobs(chance > 0.9, 0.2) if rows(core) > tall]
         known = [] if previous is None else self.people
         seeds = cores if len(cores) > 1 and len(cores) >= len(known) else known
         owner = np.zeros(marked.shape, int)
@@ -375,7 +373,9 @@ class Sam:
 
 
 def load_yunet(path: Path) -> Callable:
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)    # OpenCV 5 warns of itself
     net = cv2.FaceDetectorYN.create(str(path), "", (320, 320), 0.6, 0.3)
+    cv2.utils.logging.setLogLevel(level)
 
     def detect(bgr) -> np.ndarray:
         net.setInputSize(bgr.shape[1::-1])
@@ -899,6 +899,7 @@ def main() -> None:
     command.add_argument("--area", type=int, default=512 * 512,
                          help="pixels of the canvas, which has the reference's aspect")
     add_arguments(command)
+    command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see preview --help)\n")
     args = parser.parse_args()
     try:
         preview(args)

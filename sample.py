@@ -174,8 +174,12 @@ def animate(args) -> None:
     height, width = reference.shape[:2]
     find = cues.finders(args)
     options = cues.options(args)
-    track = cues.analyse(source, reference, find, options, progress=lambda frames: tqdm(frames, desc="cues", unit="frame", total=source.frames))
-    own = cues.extract(reference[None], reference, find.reference, options)
+    try:  # the reference first: its mistakes should not wait for the driving video
+        own = cues.extract(reference[None], reference, find.reference, options)
+    except ValueError as error:
+        raise ValueError(f"{args.reference}: no person is found in the reference picture ({error})") from None
+    progress = lambda frames: tqdm(frames, desc="cues", unit="frame", total=source.frames)  # noqa: E731
+    track = cues.analyse(source, reference, find, options, progress)
     frames = len(track.accepted)
     print(f"{frames} frames at {float(source.fps):g}/s, output {width}x{height}; {track.summary()}")
 

@@ -691,6 +691,7 @@ def test_preview_writes_a_sheet_and_a_film(files, monkeypatch, capsys):
     (("ref.png", "drive", *EXACT, "-o", "sheet.gif"), "sheet.gif must end in"),
     (("ref.png", "drive", *EXACT, "--person", "2"), "--masks has chosen already"),
     (("ref.png", "drive", "--segmenter", "a.tflite", "--sam", "b.pth"), "two segmenters"),
+    (("ref.png",), "the following arguments are required: drive"),
     (("ref.png", "drive", "--person", "0"), "people count from 1"),
     (("ref.png", "drive", *EXACT, "--segmenter", "a.tflite"), "leave nothing to segment"),
     (("ref.png", "drive", *EXACT, "--rows", "0"), "at least 1 row"),

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import vae as vae_module
 from vae import OVERLAP, TILE, VAE_PRESETS, CausalConv3d, CausalVAE, Norm, Tiles, VAEConfig, tile_starts
 
-CONFIG = VAEConfig(channels=(8, 12, 16, 20), layers=1, latent_channels=16, norm_groups=4, scaling_factor=0.7)
+CONFIG = VAEConfig(channels=(4, 8, 12, 16), layers=1, latent_channels=16, norm_groups=2, scaling_factor=0.7)
 CHANNELS_LAST = torch.channels_last_3d
 
 
@@ -26,6 +26,15 @@ def random_vae(config=CONFIG, seed=0) -> CausalVAE:
     for p in vae.parameters():
         p.data = torch.randn_like(p) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
     return vae
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -134,20 +143,20 @@ def peak_of(run, *outside) -> int:
 
 @pytest.mark.parametrize("tiling", [False, True])
 def test_decode_stream_needs_the_same_memory_for_any_number_of_frames(vae, small_tiles, tiling):
-    """Peak bytes, frames dropped as they come, equal at 5 and 41 latents. Catches a list of chunks and a cache that views its chunk."""
+    """Peak bytes, frames dropped as they come, equal at 5 and 21 latents. Catches a list of chunks and a cache that views its chunk."""
 
     def stream(latents):
         frames = vae.decode_stream(latents)
         while next(frames, None) is not None:
             pass
 
-    short, long = torch.randn(2, 5, 16, 2, 13), torch.randn(2, 41, 16, 2, 13)
+    short, long = torch.randn(2, 5, 16, 2, 13), torch.randn(2, 21, 16, 2, 13)
     vae.tile(tiling)
     peaks = [peak_of(lambda: stream(latents), latents) for latents in (short, long)]
     whole = peak_of(lambda: vae.decode(long), long)
     vae.tile(False)
     assert peaks[0] == peaks[1]
-    assert whole > peaks[1] + 100 * (4 * 2 * 3 * 16 * 104)  # the measure does see frames that are kept
+    assert whole > peaks[1] + 50 * (4 * 2 * 3 * 16 * 104)  # the measure does see frames that are kept
 
 
 def test_encode_stream_needs_the_same_memory_for_any_number_of_frames(vae):
@@ -276,8 +285,8 @@ def jumps(field, axis, borders):
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_tiling_leaves_no_visible_seam(vae, small_tiles, monkeypatch, part):
-    """Tiles differ from the untiled result, smoothly: across their borders the difference jumps less than a tenth of what tiles
-    laid on each other unblended do, and less than the picture's own steps. Two chunks, both axes, 13 x 22 latents."""
+    """Tiles differ from the untiled result, but smoothly: at their borders the difference jumps less than a tenth (latents, whose
+    overlap has few steps: a third) of what unblended tiles do, and less than the picture itself. Two chunks, both axes, 13 x 22 latents."""
     if part == "encode":
         video = smooth(17, 3, 104, 176, 24)
         run, scale, tolerance = lambda: vae.encode(video)[0], 1, 0.2
@@ -436,7 +445,7 @@ def test_spatial_norm_in_place_equals_the_formula_and_its_gradients(t, T):
 
     def formula(x, z):
         z = resized(z, x.shape[2:])
-        return F.group_norm(x, 4, norm.norm.weight, norm.norm.bias, 1e-6) * norm.conv_y(z) + norm.conv_b(z)
+        return F.group_norm(x, 2, norm.norm.weight, norm.norm.bias, 1e-6) * norm.conv_y(z) + norm.conv_b(z)
 
     ours, theirs = norm(*args), formula(*args)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
