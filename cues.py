@@ -278,7 +278,7 @@ class PersonNet:
             near = pixels(grown(where, 0.15))
             chance[near] = (chance[near] + self.look(frame[near])) / 2
         marked, rows = chance > 0.5, lambda mask: mask.any(1).sum()
-        # Sure cores, each nearly as tall as all there is, are different people; chest and legs of one are not.
+        # Sure cores, each nearly as tall as all there is, are different people; chest and legs are one.
         tall = 0.6 * rows(without_strays(marked))
         cores = [core for core in blobs(chance > 0.9, 0.2) if rows(core) > tall]
         known = [] if previous is None else self.people

@@ -39,8 +39,14 @@ from load_cogvideox import load_weights, pick_device
 from vae import CausalVAE, chunks
 from video import write_image, write_video
 
-IMAGE_LATENT_SCALE = 1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
-TOY_SIZE, TOY_FRAMES, TOY_TEXT = 96, 33, (4, 64)  # pixels, frames of a cached clip, shape of the one text state
+IMAGE_LATENT_SCALE = (
+    1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
+)
+TOY_SIZE, TOY_FRAMES, TOY_TEXT = (
+    96,
+    33,
+    (4, 64),
+)  # pixels, frames of a cached clip, shape of the one text state
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -93,9 +99,16 @@ def encode_cues(vae: CausalVAE, rows: Iterable[tuple], device, scale: float) -> 
     streams = [(torch.from_numpy(array)[None].to(device) for array in stream) for stream in unzip(rows, 4)]
     pose, face = vae.encode_stream(streams[0]), vae.encode_stream(streams[1])
     parts = []
-    for (pose_mean, _), (face_mean, _), body, face_mask in zip(pose, face, chunks(streams[2], 8), chunks(streams[3], 8)):
+    for (pose_mean, _), (face_mean, _), body, face_mask in zip(
+        pose, face, chunks(streams[2], 8), chunks(streams[3], 8)
+    ):
         pairs = (pose_mean, body), (face_mean, face_mask)
-        parts.append([torch.cat([z[0].float() * scale, pool_masks(torch.cat(masks))], dim=1).cpu() for z, masks in pairs])
+        parts.append(
+            [
+                torch.cat([z[0].float() * scale, pool_masks(torch.cat(masks))], dim=1).cpu()
+                for z, masks in pairs
+            ]
+        )
     pose, face = (torch.cat(part)[None] for part in zip(*parts))
     return pose, face
 
@@ -120,7 +133,11 @@ def image_condition(image: Tensor, slots: int) -> Tensor:
 def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
     """(frames,) bool: runs of 1-4 frames whose Pose Cue is dropped, at most 15 % of the clip, in 3 clips of 10 (Sec. 3.1)."""
     drop = np.zeros(frames, bool)
-    chance, starts, lengths = generator.random(), generator.integers(frames, size=3), generator.integers(1, 5, size=3)
+    chance, starts, lengths = (
+        generator.random(),
+        generator.integers(frames, size=3),
+        generator.integers(1, 5, size=3),
+    )
     for start, length in zip(starts, lengths) if chance < 0.3 else ():
         if drop.sum() + length <= 0.15 * frames:
             drop[start : start + length] = True
@@ -128,7 +145,9 @@ def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_clip(vae, video: np.ndarray, find, pseudo: list[tuple], text: Tensor, key: tuple, variants: int, refs: int) -> dict[str, Tensor]:
+def encode_clip(
+    vae, video: np.ndarray, find, pseudo: list[tuple], text: Tensor, key: tuple, variants: int, refs: int
+) -> dict[str, Tensor]:
     """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
 
     find: cues.Finder for the clip; pseudo: (video, Finder) of other identities doing the same. Variant 0 is plain; each other one
@@ -152,12 +171,16 @@ def encode_clip(vae, video: np.ndarray, find, pseudo: list[tuple], text: Tensor,
     others = []
     for p, (frames, other) in enumerate(pseudo):
         other_track = cues.analyse(frames, video[0], other, same)
-        others += [variant(frames, other_track, k, keyed(*key, 1000 * (p + 1) + k), True) for k in range(variants)]
+        others += [
+            variant(frames, other_track, k, keyed(*key, 1000 * (p + 1) + k), True) for k in range(variants)
+        ]
 
     generator = keyed(*key, 999)
     frame = np.sort(generator.choice(T, size=min(refs, T), replace=False))
     pictures = to_tensor(video[frame])
-    sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()  # CogVideoX's image noise
+    sigma = torch.from_numpy(
+        np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))
+    ).float()  # CogVideoX's image noise
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
     single = lambda p: latents(torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
     mean, logvar = vae.encode(to_tensor(video)[None].to(device))
@@ -219,15 +242,25 @@ HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never t
 
 def make_toy(args) -> None:
     """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
-    vae, _ = load_weights(args.vae, torch.bfloat16 if pick_device("cpu")[1] == torch.bfloat16 else torch.float32)
+    vae, _ = load_weights(
+        args.vae, torch.bfloat16 if pick_device("cpu")[1] == torch.bfloat16 else torch.float32
+    )
     vae.eval()
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
     numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
     for number in tqdm(numbers, desc="toy clips", unit="clip"):
         cache_toy_clip(vae, number, args.output, args.variants, args.refs)
     lines = [
-        {"id": f"{n:06d}", "split": "test" if n >= HELD_OUT else "train", "frames": TOY_FRAMES, "fps": toy.FPS,
-         "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": 1} for n in numbers
+        {
+            "id": f"{n:06d}",
+            "split": "test" if n >= HELD_OUT else "train",
+            "frames": TOY_FRAMES,
+            "fps": toy.FPS,
+            "height": TOY_SIZE,
+            "width": TOY_SIZE,
+            "pseudo": 1,
+        }
+        for n in numbers
     ]
     part = args.output / ".clips.jsonl"
     part.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -257,12 +290,17 @@ class Clips:
         """scale: the VAE's scaling factor. The test split is read without dropouts and augmentation."""
         path = folder / "clips.jsonl"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no data folder there; make one with: python data.py toy -o {folder}, or data.py prepare")
+            raise FileNotFoundError(
+                f"{path}: no data folder there; make one with: python data.py toy -o {folder}, or data.py prepare"
+            )
         clips = [json.loads(line) for line in path.read_text().splitlines()]
         self.folder, self.args, self.scale, self.training = folder, args, scale, split == "train"
         self.clips = [c for c in clips if c["split"] == split and (args.stage != "2" or c["pseudo"])]
         if not self.clips:
-            raise ValueError(f"{folder}: no {split} clips for stage {args.stage}" + " (pseudo cues are missing)" * (args.stage == "2"))
+            raise ValueError(
+                f"{folder}: no {split} clips for stage {args.stage}"
+                + " (pseudo cues are missing)" * (args.stage == "2")
+            )
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -274,7 +312,9 @@ class Clips:
         samples = []
         for i in indices:
             sample = self.sample(step * G + i, keyed(self.args.seed, step, i))
-            sample["step"] = torch.tensor(int(1000 * (order[i] + keyed(self.args.seed, step, i, 1).random()) / G))
+            sample["step"] = torch.tensor(
+                int(1000 * (order[i] + keyed(self.args.seed, step, i, 1).random()) / G)
+            )
             samples.append(sample)
         return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
 
@@ -290,36 +330,59 @@ class Clips:
         args, scale = self.args, self.scale
         f = file.get_slice("mean").get_shape()[0]
         n = min(args.window, f)
-        start = 2 * int(generator.integers((f - n) // 2 + 1))  # even, as the windows of long clips in sampling
+        start = 2 * int(
+            generator.integers((f - n) // 2 + 1)
+        )  # even, as the windows of long clips in sampling
         frames = slice(max(4 * start - 3, 0), 4 * (start + n) - 3)
-        drop_text, drop_reference, drop_cues, drop_face = self.training & (generator.random(4) < (0.1, 0.05, 0.1, 0.05))
+        drop_text, drop_reference, drop_cues, drop_face = self.training & (
+            generator.random(4) < (0.1, 0.05, 0.1, 0.05)
+        )
 
         # the reference: a frame of the same clip, outside the window if there is one
         candidates = file.get_tensor("ref_frame").numpy()
         outside = np.flatnonzero((candidates < frames.start) | (candidates >= frames.stop))
         r = int(generator.choice(outside if len(outside) else len(candidates)))
-        noise = torch.from_numpy(generator.standard_normal((1 + n, *file.get_slice("mean").get_shape()[1:]), np.float32))
+        noise = torch.from_numpy(
+            generator.standard_normal((1 + n, *file.get_slice("mean").get_shape()[1:]), np.float32)
+        )
         posterior = torch.from_numpy(generator.standard_normal((n, *noise.shape[1:]), np.float32))
         mean, logvar = (file.get_slice(name)[start : start + n].float() for name in ("mean", "logvar"))
-        latents = torch.cat([file.get_slice("ref_clean")[r : r + 1].float(), mean + (0.5 * logvar).exp() * posterior])
-        condition = image_condition(file.get_slice("ref_noisy")[r : r + 1].float(), 1 + n)[0] * (not drop_reference)
+        latents = torch.cat(
+            [file.get_slice("ref_clean")[r : r + 1].float(), mean + (0.5 * logvar).exp() * posterior]
+        )
+        condition = image_condition(file.get_slice("ref_noisy")[r : r + 1].float(), 1 + n)[0] * (
+            not drop_reference
+        )
         text = file.get_tensor("text").float()
-        sample = {"latents": scale * latents, "noise": noise, "condition": condition, "text": text * (not drop_text)}
+        sample = {
+            "latents": scale * latents,
+            "noise": noise,
+            "condition": condition,
+            "text": text * (not drop_text),
+        }
         if args.stage == "0":
             return sample
 
-        body, face_mask = (self.masks(file.get_slice(name), frames, int(candidates[r])) for name in ("body", "face_mask"))
+        body, face_mask = (
+            self.masks(file.get_slice(name), frames, int(candidates[r])) for name in ("body", "face_mask")
+        )
         if args.location == "soft":
             cell, phase = int(generator.choice([8, 16, 32])), generator.integers(32, size=2)
             cell, phase = (cell, phase) if self.training else (16, (0, 0))
             body = torch.from_numpy(cues.grid_soften(body.numpy(), cell, "mean", phase))
-        masks = [torch.cat([pool_masks(m[:1, None]), pool_masks(m[1:, None])]) * (args.location != "none") for m in (body, face_mask)]
+        masks = [
+            torch.cat([pool_masks(m[:1, None]), pool_masks(m[1:, None])]) * (args.location != "none")
+            for m in (body, face_mask)
+        ]
 
         def cue(source: str, k: int) -> list[Tensor]:
             """(1+n, 17, h, w) for pose and face: slot 0 the reference's own, then variant k of the window's."""
             pair = []
             for name, mask in zip(("pose", "face"), masks):
-                own, window = file.get_slice(f"ref_{name}")[r : r + 1], file.get_slice(source + name)[k, start : start + n]
+                own, window = (
+                    file.get_slice(f"ref_{name}")[r : r + 1],
+                    file.get_slice(source + name)[k, start : start + n],
+                )
                 slots = scale * torch.cat([own, window]).float()
                 if args.ref_slot == "copy":
                     slots[0] = slots[1]
@@ -353,11 +416,15 @@ class Pictures:
 
     def __init__(self, args, clips: int = 300):
         self.args, self.pool = args, []
-        for number in tqdm(range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0):
+        for number in tqdm(
+            range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0
+        ):
             clip = toy.render(identity=number, motion=number, frames=TOY_FRAMES, size=TOY_SIZE)
             track = cues.analyse(clip.video, clip.video[0], toy_finder(clip), cues.CueOptions(align="none"))
             pose, face, _, _ = (np.stack(part) for part in zip(*cues.render(clip.video, track)))
-            small = [((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)]
+            small = [
+                ((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)
+            ]
             self.pool.append((clip.video, clip.video, *small))
 
     def __len__(self) -> int:
@@ -372,7 +439,9 @@ class Pictures:
             start = generator.integers(len(video) - frames + 1)
             flipped = video[start : start + frames, :, :: int(generator.choice([-1, 1]))]
             videos.append(to_tensor(np.ascontiguousarray(flipped)))
-            noises.append(torch.from_numpy(generator.standard_normal((3, 16, TOY_SIZE // 8, TOY_SIZE // 8), np.float32)))
+            noises.append(
+                torch.from_numpy(generator.standard_normal((3, 16, TOY_SIZE // 8, TOY_SIZE // 8), np.float32))
+            )
         return {"video": torch.stack(videos), "noise": torch.stack(noises)}
 
 
@@ -387,14 +456,23 @@ def prefetched(items: Iterable) -> Iterator:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("toy", help="cache clips of the drawn world", formatter_class=argparse.ArgumentDefaultsHelpFormatter).add_argument
+    add = commands.add_parser(
+        "toy", help="cache clips of the drawn world", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    ).add_argument
     add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
     add("--clips", type=int, default=600, help="training clips")
-    add("--held-out", type=int, default=64, help="clips for held-out losses, of people and motions that training never sees")
+    add(
+        "--held-out",
+        type=int,
+        default=64,
+        help="clips for held-out losses, of people and motions that training never sees",
+    )
     add("--variants", type=int, default=2, help="cue variants a clip, the first without augmentation")
     add("--refs", type=int, default=4, help="reference frames a clip, each with pixel noise of its own")
     add = commands.add_parser("example", help="draw the example that README uses").add_argument

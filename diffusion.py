@@ -24,14 +24,18 @@ class Schedule:
     def __init__(self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
         signal = (1 - betas).cumprod(0).sqrt()
-        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])  # zero terminal signal-to-noise ratio
+        signal = (
+            (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
+        )  # zero terminal signal-to-noise ratio
         self.num_steps = num_steps
         self.alphas_cumprod = signal**2
 
     def factors(self, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of each sample's step (B,), shaped to multiply `like`; float32 at least."""
         alpha = self.alphas_cumprod[step.cpu()].view(-1, *[1] * (like.ndim - 1))
-        dtype = torch.promote_types(like.dtype, torch.float32)  # bf16 would round alpha_bar to 1: no noise at all at step 0
+        dtype = torch.promote_types(
+            like.dtype, torch.float32
+        )  # bf16 would round alpha_bar to 1: no noise at all at step 0
         return alpha.sqrt().to(like.device, dtype), (1 - alpha).sqrt().to(like.device, dtype)
 
     def add_noise(self, clean: Tensor, noise: Tensor, step: Tensor) -> Tensor:
@@ -50,13 +54,18 @@ class Schedule:
         return signal * noisy - sigma * v
 
     def trail(self, steps: int) -> Iterator[tuple[int, float, float]]:
-        """(step, its alpha_bar, the next alpha_bar) from 999 down to 1, the clean end: "trailing" spacing."""
+        """(step, its alpha_bar, the next alpha_bar) from step 999 to the clean end, alpha_bar 1: "trailing" spacing.
+
+        As released, "next" is num_steps // steps lower, so counts that divide 1000 badly (7, 15, 24) end at alpha_bar[0] = 0.99915.
+        """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"{steps} sampling steps: use 1 to {self.num_steps}")
         alphas = self.alphas_cumprod.tolist()
         for i in range(steps):
             step = round(self.num_steps - i * self.num_steps / steps) - 1
-            previous = step - self.num_steps // steps  # whole division, as released; differs from the next step visited
+            previous = (
+                step - self.num_steps // steps
+            )  # whole division, as released; differs from the next step visited
             yield step, alphas[step], alphas[previous] if previous >= 0 else 1.0
 
 
@@ -101,12 +110,16 @@ def dpm_solver(
             estimate = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * last_clean
         keep = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * ratio
         spread = (1 - alpha_next) ** 0.5 * (1 - ratio**2) ** 0.5
-        latents = keep * latents + alpha_next**0.5 * (1 - ratio**2) * estimate + spread * noise().to(latents.device)
+        latents = (
+            keep * latents + alpha_next**0.5 * (1 - ratio**2) * estimate + spread * noise().to(latents.device)
+        )
         last_clean, last_ratio = clean, ratio
     return latents
 
 
-def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int = 8) -> Denoiser:
+def windows(
+    denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int = 8
+) -> Denoiser:
     """A denoiser for [reference slot, `length` latents] made of one for [reference slot, `size` latents].
 
     Each step, every window is denoised and v averaged with triangular weights; the reference slot, which all windows share, gets the
@@ -117,7 +130,9 @@ def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: in
     """
     size = min(size, length)
     if not length % 2 or not size % 2 or stride % 2:
-        raise ValueError(f"windows of {size} latents every {stride} over {length}: length and size must be odd, the stride even")
+        raise ValueError(
+            f"windows of {size} latents every {stride} over {length}: length and size must be odd, the stride even"
+        )
     starts = sorted({*range(0, length - size, stride), length - size})
     slots = [torch.tensor([0, *range(1 + start, 1 + start + size)]) for start in starts]
     place = (torch.arange(size) + 0.5) / size
@@ -131,7 +146,9 @@ def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: in
         v = torch.zeros_like(latents)
         for start, index, weight in zip(starts, slots, weights):
             index = index.to(latents.device)
-            v[:, index] += weight.to(latents.device) * denoise(latents[:, index], step, start).to(latents.dtype)
+            v[:, index] += weight.to(latents.device) * denoise(latents[:, index], step, start).to(
+                latents.dtype
+            )
         return v
 
     return fused

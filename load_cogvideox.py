@@ -12,7 +12,6 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +43,10 @@ DIT_NAMES = [
 CUE_NAMES = r"pose_embed\..*|face_embed\..*|blocks\.\d+\.cues\..*"  # ours alone: no CogVideoX file has them
 
 VAE_NAMES = [
-    (r"(.*\.(?:norm[12]|norm_out))\.norm_layer\.(.*)", r"\1.norm.\2"),  # the decoder's norms come with conv_y and conv_b
+    (
+        r"(.*\.(?:norm[12]|norm_out))\.norm_layer\.(.*)",
+        r"\1.norm.\2",
+    ),  # the decoder's norms come with conv_y and conv_b
     (r"(.*\.(?:norm[12]|norm_out))\.(conv_[yb])\.conv\.(.*)", r"\1.\2.\3"),
     (r"(.*\.(?:norm[12]|norm_out))\.(weight|bias)", r"\1.norm.\2"),
     (r"(.*)\.conv_shortcut\.(.*)", r"\1.shortcut.\2"),
@@ -109,10 +111,18 @@ def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[to
         return chosen, getattr(torch, dtype), f"--dtype {dtype}"
     if chosen.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return chosen, torch.bfloat16 if fast else torch.float32, f"this GPU {'has' if fast else 'lacks'} bfloat16"
+        return (
+            chosen,
+            torch.bfloat16 if fast else torch.float32,
+            f"this GPU {'has' if fast else 'lacks'} bfloat16",
+        )
     if chosen.type == "cpu":
         fast = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-        return chosen, torch.bfloat16 if fast else torch.float32, f"this CPU {'has' if fast else 'lacks'} bfloat16 matrix units (AMX)"
+        return (
+            chosen,
+            torch.bfloat16 if fast else torch.float32,
+            f"this CPU {'has' if fast else 'lacks'} bfloat16 matrix units (AMX)",
+        )
     return chosen, torch.float32, f"the safe format on {chosen.type}"
 
 
@@ -141,11 +151,15 @@ def read_config(folder: Path, fixed: dict) -> Config:
     """The folder's config.json, whose `fixed` fields must have the values that these networks implement."""
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing; FOLDER is a local copy of a CogVideoX1.5 repository with {folder.name}/ in it")
+        raise FileNotFoundError(
+            f"{path}: missing; FOLDER is a local copy of a CogVideoX1.5 repository with {folder.name}/ in it"
+        )
     config = Config(path)
     for name, value in fixed.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} is {config[name]!r}, but this implementation is CogVideoX1.5's: {name}={value!r}")
+            raise ValueError(
+                f"{path}: {name} is {config[name]!r}, but this implementation is CogVideoX1.5's: {name}={value!r}"
+            )
     return config
 
 
@@ -164,9 +178,13 @@ def dit_config(folder: Path) -> DiTConfig:
     }
     c = read_config(folder, fixed)
     if c.get("patch_size_t") != 2:
-        raise ValueError(f"{folder}/config.json: patch_size_t is {c.get('patch_size_t')}, a CogVideoX 1.0 model; use CogVideoX1.5-5B-I2V")
+        raise ValueError(
+            f"{folder}/config.json: patch_size_t is {c.get('patch_size_t')}, a CogVideoX 1.0 model; use CogVideoX1.5-5B-I2V"
+        )
     if c.get("ofs_embed_dim") not in (None, c["time_embed_dim"]):
-        raise ValueError(f"{folder}/config.json: ofs_embed_dim {c['ofs_embed_dim']} must equal time_embed_dim {c['time_embed_dim']}")
+        raise ValueError(
+            f"{folder}/config.json: ofs_embed_dim {c['ofs_embed_dim']} must equal time_embed_dim {c['time_embed_dim']}"
+        )
     return DiTConfig(
         dim=c["num_attention_heads"] * c["attention_head_dim"],
         depth=c["num_layers"],
@@ -182,7 +200,9 @@ def dit_config(folder: Path) -> DiTConfig:
 
 
 def vae_config(folder: Path) -> VAEConfig:
-    c = read_config(folder, {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "temporal_compression_ratio": 4})
+    c = read_config(
+        folder, {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "temporal_compression_ratio": 4}
+    )
     return VAEConfig(
         channels=tuple(c["block_out_channels"]),
         layers=c["layers_per_block"],
@@ -217,7 +237,9 @@ def shards(folder: Path) -> list[Path]:
         return [folder / name for name in sorted(set(read_json(indices[0])["weight_map"].values()))]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise FileNotFoundError(f"{folder}: {len(files)} .safetensors files and no index among them; download the folder again")
+        raise FileNotFoundError(
+            f"{folder}: {len(files)} .safetensors files and no index among them; download the folder again"
+        )
     return files
 
 
@@ -227,10 +249,14 @@ def open_weights(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); download or copy it again"
+        ) from None
 
 
-def compare(title: str, source: dict[str, tuple], target: dict[str, tuple], names: dict[str, str | None]) -> None:
+def compare(
+    title: str, source: dict[str, tuple], target: dict[str, tuple], names: dict[str, str | None]
+) -> None:
     """Raise ValueError listing unused, missing and misshapen tensors with the closest names, unless all agree one to one.
 
     source: name -> shape on disk; target: name -> shape in the network; names: disk name -> network name.
@@ -238,15 +264,27 @@ def compare(title: str, source: dict[str, tuple], target: dict[str, tuple], name
     reverse = {ours: theirs for theirs, ours in names.items()}
     unused = [name for name in source if names[name] not in target or reverse[names[name]] != name]
     missing = [name for name in target if name not in reverse]
-    misshapen = [(theirs, ours) for ours, theirs in reverse.items() if ours in target and source[theirs] != target[ours]]
+    misshapen = [
+        (theirs, ours)
+        for ours, theirs in reverse.items()
+        if ours in target and source[theirs] != target[ours]
+    ]
 
     def closest(name, among):
         return (difflib.get_close_matches(name, among, n=1, cutoff=0) or ["nothing"])[0]
 
     # finding the closest names is slow: only for what is shown
-    lines = [f"  unused   {name} {source[name]}, closest here: {closest(names[name] or name, missing or target)}" for name in unused[:10]]
-    lines += [f"  missing  {name} {target[name]}, closest in the file: {closest(name, unused or source)}" for name in missing[:10]]
-    lines += [f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen[:10]]
+    lines = [
+        f"  unused   {name} {source[name]}, closest here: {closest(names[name] or name, missing or target)}"
+        for name in unused[:10]
+    ]
+    lines += [
+        f"  missing  {name} {target[name]}, closest in the file: {closest(name, unused or source)}"
+        for name in missing[:10]
+    ]
+    lines += [
+        f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen[:10]
+    ]
     more = len(unused) + len(missing) + len(misshapen) - len(lines)
     if lines:
         shown = "\n".join(lines + [f"  and {more} more"] * (more > 0))
@@ -255,7 +293,9 @@ def compare(title: str, source: dict[str, tuple], target: dict[str, tuple], name
         )
 
 
-def check_files(folder: Path, network: nn.Module, to_ours, optional: str = r"$^", ignore: tuple = ()) -> list[tuple]:
+def check_files(
+    folder: Path, network: nn.Module, to_ours, optional: str = r"$^", ignore: tuple = ()
+) -> list[tuple]:
     """(file, name on disk, name here) of every tensor, after `compare`; only headers are read. `network` may be on meta."""
     plan, source = [], {}
     for path in shards(folder):
@@ -264,7 +304,9 @@ def check_files(folder: Path, network: nn.Module, to_ours, optional: str = r"$^"
                 if name not in ignore:
                     source[name] = tuple(file.get_slice(name).get_shape())
                     plan.append((path, name, to_ours(name)))
-    target = {name: tuple(p.shape) for name, p in network.named_parameters() if not re.fullmatch(optional, name)}
+    target = {
+        name: tuple(p.shape) for name, p in network.named_parameters() if not re.fullmatch(optional, name)
+    }
     compare(str(folder), source, target, {name: to_ours(name) for name in source})
     return plan
 
@@ -298,7 +340,11 @@ def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Di
 def add_cues(model: DiT) -> None:
     """Give real memory to cue layers that are still on the meta device, and initialise them."""
     like = model.patch_embed.weight
-    for part in [model.pose_embed, model.face_embed, *(block.cues for block in model.blocks if block.cues is not None)]:
+    for part in [
+        model.pose_embed,
+        model.face_embed,
+        *(block.cues for block in model.blocks if block.cues is not None),
+    ]:
         part.to_empty(device=like.device).to(like.dtype)
         for layer in (m for m in part.modules() if hasattr(m, "reset_parameters")):
             layer.reset_parameters()
@@ -330,7 +376,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 # ---- our own files: safetensors with a JSON header ------------------------------------------------------------------------
 
 
-def save_weights(path: str | Path, network: nn.Module, state: dict | None = None, dtype: torch.dtype | None = None, **header) -> None:
+def save_weights(
+    path: str | Path,
+    network: nn.Module,
+    state: dict | None = None,
+    dtype: torch.dtype | None = None,
+    **header,
+) -> None:
     """Write a network's weights, or other tensors of the same names, with its config and a header (preset, stage, step, ...)."""
     path = Path(path)
     state = dict(network.named_parameters()) if state is None else state
@@ -349,7 +401,9 @@ def read_header(path: str | Path) -> dict:
     with open_weights(Path(path)) as file:
         header = (file.metadata() or {}).get("directanimator")
     if header is None:
-        raise ValueError(f"{path}: no DirectAnimator header; give a weights file that train.py wrote, or a backbone folder with --backbone")
+        raise ValueError(
+            f"{path}: no DirectAnimator header; give a weights file that train.py wrote, or a backbone folder with --backbone"
+        )
     header = json.loads(header)
     if header["format"] != FORMAT:
         raise ValueError(f"{path}: weights format {header['format']}, this version reads format {FORMAT}")
@@ -371,7 +425,12 @@ def load_weights(path: str | Path, dtype: torch.dtype | None = None, config=None
         network = network_class(stored)
     with open_weights(Path(path)) as file:
         source = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    compare(str(path), source, {n: tuple(p.shape) for n, p in network.named_parameters()}, {name: name for name in source})
+    compare(
+        str(path),
+        source,
+        {n: tuple(p.shape) for n, p in network.named_parameters()},
+        {name: name for name in source},
+    )
     fill(network, [(Path(path), name, name) for name in source], dtype)
     return (network.channels_last() if isinstance(network, CausalVAE) else network), header
 
@@ -395,7 +454,9 @@ def check(folder: Path) -> None:
             plan = check_files(folder / name, network, to_ours, optional, ignore=(T5_ALIAS,))
             loaded = {ours for _, _, ours in plan}
             count = sum(p.numel() for n, p in network.named_parameters() if n in loaded)
-            print(f"{name:13s} {len(plan):5d} tensors, {count:,} parameters: all used, all filled, all shapes equal")
+            print(
+                f"{name:13s} {len(plan):5d} tensors, {count:,} parameters: all used, all filled, all shapes equal"
+            )
         except (ValueError, OSError) as error:
             errors.append(str(error))
     try:
@@ -408,8 +469,12 @@ def check(folder: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape.")
-    parser.add_argument("folder", type=Path, help="the folder with transformer/, vae/, text_encoder/ and tokenizer/")
+    parser = argparse.ArgumentParser(
+        description="Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape."
+    )
+    parser.add_argument(
+        "folder", type=Path, help="the folder with transformer/, vae/, text_encoder/ and tokenizer/"
+    )
     args = parser.parse_args()
     try:
         check(args.folder)

@@ -35,12 +35,16 @@ class DiTConfig:
     text_dim: int
     time_dim: int
     ofs: bool  # image-to-video 1.5 adds the embedding of a constant to the step's
-    cue_channels: int  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
+    cue_channels: (
+        int  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
+    )
     cue_injection: str  # "cuefusion", "concat" (DC injection) or "cross" (CA injection)
 
     def __post_init__(self):
         if self.dim % (16 * self.num_heads):
-            raise ValueError(f"dim={self.dim}: each of {self.num_heads} heads needs a multiple of 16 (RoPE splits it 4:6:6)")
+            raise ValueError(
+                f"dim={self.dim}: each of {self.num_heads} heads needs a multiple of 16 (RoPE splits it 4:6:6)"
+            )
         if self.cue_injection not in ("cuefusion", "concat", "cross"):
             raise ValueError(f"cue_injection={self.cue_injection!r}: use 'cuefusion', 'concat' or 'cross'")
 
@@ -100,6 +104,11 @@ def unpatchify(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return x.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(x.shape[0], 2 * f, -1, 2 * h, 2 * w)
 
 
+def zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+
+
 def time_mlp(in_dim: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
@@ -116,7 +125,9 @@ class ExpertNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor, c: Tensor, t_emb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shift_x, scale_x, gate_x, shift_c, scale_c, gate_c = self.linear(F.silu(t_emb))[:, None].chunk(6, dim=-1)
+        shift_x, scale_x, gate_x, shift_c, scale_c, gate_c = self.linear(F.silu(t_emb))[:, None].chunk(
+            6, dim=-1
+        )
         x = self.norm(x) * (1 + scale_x) + shift_x
         c = self.norm(c) * (1 + scale_c) + shift_c
         return x, c, gate_x, gate_c
@@ -136,7 +147,8 @@ class Attention(nn.Module):
         """x (B, S, D); context (B, S', D) where keys and values come from, x itself if None; rope covers both."""
         context = x if context is None else context
         q, k, v = (  # (B, heads, S, head_dim) each
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(context), self.v(context))
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.q(x), self.k(context), self.v(context))
         )
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -158,7 +170,9 @@ class CueFusion(nn.Module):
         self.norm_pose = nn.LayerNorm(dim, eps=1e-5)
         self.norm_face = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
         factors = self.mlp(F.silu(t_emb))[:, None].chunk(6, dim=-1)  # 6 x (B, 1, D)
         scale_p, shift_p, gate_p, scale_f, shift_f, gate_f = factors  # Eq. 1
         pose_m = self.norm_pose(pose) * (1 + scale_p) + shift_p  # Eq. 2
@@ -169,7 +183,8 @@ class CueFusion(nn.Module):
         """1 + scale = 0, shift = 0, gate = 0: nothing is added, and each stream passes unchanged. Paper silent."""
         nn.init.zeros_(self.mlp.weight)
         scale_p, _, _, scale_f, _, _ = self.mlp.bias.data.zero_().chunk(6)
-        scale_p.fill_(-1), scale_f.fill_(-1)
+        scale_p.fill_(-1)
+        scale_f.fill_(-1)
 
 
 class CueCrossAttention(nn.Module):
@@ -181,13 +196,17 @@ class CueCrossAttention(nn.Module):
         self.norm_face = nn.LayerNorm(dim, eps=1e-5)
         self.attn = Attention(dim, num_heads)
 
-    def forward(self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rope = tuple(table[-x.shape[1] :] for table in rope)  # the video's positions, which the cues share
-        cue = self.norm_pose(pose) + self.norm_face(face)  # one key per place: half the cost of two, same reach
+        cue = self.norm_pose(pose) + self.norm_face(
+            face
+        )  # one key per place: half the cost of two, same reach
         return x + self.attn(x, rope, context=cue.expand_as(x)), pose, face
 
     def init_identity(self):
-        nn.init.zeros_(self.attn.out.weight), nn.init.zeros_(self.attn.out.bias)
+        zero(self.attn.out)
 
 
 # ---- the model --------------------------------------------------------------------------------------------------------
@@ -210,7 +229,7 @@ class Block(nn.Module):
             self.cues = CueCrossAttention(dim, config.num_heads)
 
     def forward(self, x, c, pose, face, t_emb, rope):
-        """x (B, N, D), c (B, L, D); pose and face (B or 1, N, D) or None; t_emb (B or 1, time_dim)."""
+        """x (B, N, D), c (B, L, D); pose and face (B or 1, N, D) or None; t_emb (B or 1, time_dim) -> x, c, pose, face."""
         sizes = c.shape[1], x.shape[1]
         x_in, c_in, gate_x, gate_c = self.norm1(x, c, t_emb)
         if pose is not None and self.cues is not None:
@@ -237,7 +256,8 @@ class FinalNorm(nn.Module):
 class DiT(nn.Module):
     """CogVideoX1.5's transformer with the two cue streams. Predicts v for the noisy latents.
 
-    `model.checkpointing = True` recomputes each block in the backward pass: 2 D bytes a token and block are kept, not 46.
+    `model.checkpointing = True` recomputes each block in the backward pass: of a token and block 6 D bytes are kept (in
+    bfloat16; x and the two cue streams), not 58 D.
     """
 
     def __init__(self, config: DiTConfig):
@@ -261,8 +281,8 @@ class DiT(nn.Module):
     def init_backbone(self):
         """For training from scratch, as DiT does it: adaLN and output at zero, so each block starts as the identity."""
         for norm in [n for block in self.blocks for n in (block.norm1, block.norm2)] + [self.norm_out]:
-            nn.init.zeros_(norm.linear.weight), nn.init.zeros_(norm.linear.bias)
-        nn.init.zeros_(self.proj_out.weight), nn.init.zeros_(self.proj_out.bias)
+            zero(norm.linear)
+        zero(self.proj_out)
 
     @torch.no_grad()
     def init_cues(self):
@@ -274,7 +294,7 @@ class DiT(nn.Module):
         C = self.config.cue_channels
         for embed in (self.pose_embed, self.face_embed) if C else ():
             if self.config.cue_injection == "concat":  # DC injection: zero columns beside the latents' own
-                nn.init.zeros_(embed.weight), nn.init.zeros_(embed.bias)
+                zero(embed)
                 continue
             embed.bias.copy_(self.patch_embed.bias)
             trunk = self.patch_embed.weight.unflatten(1, (-1, 8))[:, : C - 1]  # (D, 16, 8), channel slowest
@@ -288,7 +308,9 @@ class DiT(nn.Module):
         """Everything before block 1 -> x (B,N,D), c (B,L,D), pose, face (B or 1,N,D) or None, t_emb, rope, grid."""
         B, f, C, h, w = latents.shape
         if f % PATCH or h % PATCH or w % PATCH or C != self.config.in_channels:
-            raise ValueError(f"latents (B,f,C,h,w)={tuple(latents.shape)}: f, h, w must be even and C {self.config.in_channels}")
+            raise ValueError(
+                f"latents (B,f,C,h,w)={tuple(latents.shape)}: f, h, w must be even and C {self.config.in_channels}"
+            )
         dtype = self.patch_embed.weight.dtype
         x = self.patch_embed(patchify(latents.to(dtype)))  # (B, N, D)
         c = self.text_embed(text.to(dtype))  # (B, L, D)
@@ -297,14 +319,19 @@ class DiT(nn.Module):
             ofs = torch.full((1,), OFS, device=latents.device)
             t_emb = t_emb + self.ofs_embed(sinusoid(ofs, self.config.time_dim).to(dtype))
         if pose is not None:
-            pose, face = self.pose_embed(patchify(pose.to(dtype))), self.face_embed(patchify(face.to(dtype)))  # (B, N, D)
-            if self.config.cue_injection == "concat":  # one Linear over concatenated channels is a sum of Linears
+            pose, face = (
+                self.pose_embed(patchify(pose.to(dtype))),
+                self.face_embed(patchify(face.to(dtype))),
+            )  # (B, N, D)
+            if (
+                self.config.cue_injection == "concat"
+            ):  # one Linear over concatenated channels is a sum of Linears
                 x, pose, face = x + pose + face, None, None
         grid = f // PATCH, h // PATCH, w // PATCH
         rope = rope_table(c.shape[1], grid, self.config.dim // self.config.num_heads, latents.device)
         return x, c, pose, face, t_emb, rope, grid
 
-    def run(self, block: Block, *streams_and_time):
+    def run_block(self, block: Block, *streams_and_time):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *streams_and_time, use_reentrant=False)
         return block(*streams_and_time)
@@ -313,12 +340,14 @@ class DiT(nn.Module):
         if not 1 <= depth <= len(self.blocks):
             raise ValueError(f"depth {depth}: this model has blocks 1 to {len(self.blocks)}")
 
-    def features(self, latents: Tensor, step: Tensor, text: Tensor, pose: Tensor, face: Tensor, depth: int) -> Tensor:
+    def features(
+        self, latents: Tensor, step: Tensor, text: Tensor, pose: Tensor, face: Tensor, depth: int
+    ) -> Tensor:
         """Video tokens leaving block `depth`, counted from 1: (B, N, D). The teacher of Eq. 4; runs no further."""
         self.check_depth(depth)
         x, c, pose, face, t_emb, rope, _ = self.embed(latents, step, text, pose, face)
         for block in self.blocks[:depth]:
-            x, c, pose, face = self.run(block, x, c, pose, face, t_emb, rope)
+            x, c, pose, face = self.run_block(block, x, c, pose, face, t_emb, rope)
         return x
 
     def forward(
@@ -343,7 +372,7 @@ class DiT(nn.Module):
         x, c, pose, face, t_emb, rope, grid = self.embed(latents, step, text, pose, face)
         tapped = None
         for depth, block in enumerate(self.blocks, start=1):
-            x, c, pose, face = self.run(block, x, c, pose, face, t_emb, rope)
+            x, c, pose, face = self.run_block(block, x, c, pose, face, t_emb, rope)
             if depth == tap:
                 tapped = x
         v = unpatchify(self.proj_out(self.norm_out(self.norm_final(x), t_emb)), grid)  # (B, f, 16, h, w)
@@ -355,7 +384,11 @@ if __name__ == "__main__":
     model = DiT(DIT_PRESETS["toy"])
     for name, module in [*model.named_children(), ("blocks.0.cues", model.blocks[0].cues)]:
         if name != "blocks":
-            module.register_forward_hook(lambda m, i, o, name=name: print(f"{name:14s}", [tuple(t.shape) for t in (o if isinstance(o, tuple) else [o])]))
+            module.register_forward_hook(
+                lambda m, i, o, name=name: print(
+                    f"{name:14s}", [tuple(t.shape) for t in (o if isinstance(o, tuple) else [o])]
+                )
+            )
     latents, cue = torch.randn(1, 6, 32, 12, 12), torch.randn(1, 6, 17, 12, 12)
     v = model(latents, torch.tensor([500]), torch.randn(1, 8, model.config.text_dim), cue, cue)
     print("v             ", [tuple(v.shape)], f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -9,32 +9,56 @@ at the driving clip's own rate and with its sound.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import cues
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     parser.add_argument("reference", type=Path, help="picture of the person to animate")
-    parser.add_argument("drive", type=Path, help="video (or folder of numbered frames) whose motion is followed")
-    parser.add_argument("-o", "--output", type=Path, help="mp4 to write (default: REFERENCE_DRIVE.mp4 in this folder)")
+    parser.add_argument(
+        "drive", type=Path, help="video (or folder of numbered frames) whose motion is followed"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, help="mp4 to write (default: REFERENCE_DRIVE.mp4 in this folder)"
+    )
     group = parser.add_argument_group("networks")
-    group.add_argument("--preset", choices=["tiny"], help="small networks with random weights: runs every stage, paints noise")
-    group.add_argument("--backbone", type=Path, metavar="DIR", help="local copy of the CogVideoX1.5-5B-I2V repository")
+    group.add_argument(
+        "--preset",
+        choices=["tiny"],
+        help="small networks with random weights: runs every stage, paints noise",
+    )
+    group.add_argument(
+        "--backbone", type=Path, metavar="DIR", help="local copy of the CogVideoX1.5-5B-I2V repository"
+    )
     group.add_argument("--checkpoint", type=Path, metavar="FILE", help="DiT weights that train.py wrote")
     group.add_argument("--device", help="cuda, mps or cpu (default: the best one present)")
-    group.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the networks (default: bfloat16 where the hardware has it)")
-    group.add_argument("--tile", action="store_true", help="run the VAE in tiles: less memory, about 1.5 times its work")
+    group.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="of the networks (default: bfloat16 where the hardware has it)",
+    )
+    group.add_argument("--tile", action="store_true", help="run the VAE in tiles: less memory, more work")
     group = parser.add_argument_group("sampling")
     group.add_argument("--prompt", default="", help="describe the person and the background")
-    group.add_argument("--guidance", type=float, default=3.0, help="text guidance; 1 turns it off and halves the work")
-    group.add_argument("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) SDE, or deterministic DDIM")
+    group.add_argument(
+        "--guidance", type=float, default=3.0, help="text guidance; 1 turns it off and halves the work"
+    )
+    group.add_argument(
+        "--sampler",
+        choices=["dpm", "ddim"],
+        default="dpm",
+        help="DPM-Solver++(2M) SDE, or deterministic DDIM",
+    )
     group.add_argument("--steps", type=int, default=50, help="denoising steps")
     group.add_argument("--seed", type=int, default=0, help="of all noise; the same on every device")
-    group.add_argument("--area", type=int, default=512 * 512, help="pixels of the output, which has the reference's aspect")
+    group.add_argument(
+        "--area", type=int, default=512 * 512, help="pixels of the output, which has the reference's aspect"
+    )
     group.add_argument("--fps", type=float, help="pick driving frames at this rate (default: every frame)")
     cues.add_arguments(parser)
     return parser, parser.parse_args(argv)
@@ -51,7 +75,14 @@ from tqdm import tqdm  # noqa: E402
 import cues  # noqa: E402
 from data import encode_cues, encode_image, image_condition, padded, to_tensor  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
-from load_cogvideox import load_text_encoder, load_tokenizer, load_transformer, load_vae, load_weights, pick_device  # noqa: E402
+from load_cogvideox import (
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    load_vae,
+    load_weights,
+    pick_device,
+)  # noqa: E402
 from model import DIT_PRESETS, DiT  # noqa: E402
 from text import T5_PRESETS, T5Encoder, empty_prompt  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
@@ -76,7 +107,11 @@ def text_encoder(args, dtype):
 
 
 def vae(args, dtype) -> CausalVAE:
-    network = random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype) if args.preset else load_vae(args.backbone, dtype)
+    network = (
+        random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
+        if args.preset
+        else load_vae(args.backbone, dtype)
+    )
     network.tile(args.tile)
     return network
 
@@ -89,7 +124,9 @@ def transformer(args, dtype) -> DiT:
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
         return random_weights(DiT, DIT_PRESETS[args.preset], dtype)
-    print("No --checkpoint: plain CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion.")
+    print(
+        "No --checkpoint: plain CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion."
+    )
     return load_transformer(args.backbone, dtype).eval()
 
 
@@ -110,7 +147,9 @@ def encode_text(args, device, dtype) -> Tensor:
     tokenizer, t5 = text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
         raise ValueError("--prompt needs the tokenizer: spiece.model in the backbone's tokenizer folder")
-    ids = [tokenizer([args.prompt]) if args.prompt else empty_prompt()] + [empty_prompt()] * (args.guidance != 1)
+    ids = [tokenizer([args.prompt]) if args.prompt else empty_prompt()] + [empty_prompt()] * (
+        args.guidance != 1
+    )
     t5.to(device)
     return torch.cat([t5(i.to(device)) for i in ids])
 
@@ -148,7 +187,9 @@ def denoise(args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, f
     extra = {"noise": draw} if args.sampler == "dpm" else {}
     progress = lambda steps: tqdm(steps, desc="denoise", unit="step")  # noqa: E731
     latents = draw().to(device)
-    latents = solver(windows(velocity, slots - 1), latents, Schedule(), args.steps, progress=progress, **extra)
+    latents = solver(
+        windows(velocity, slots - 1), latents, Schedule(), args.steps, progress=progress, **extra
+    )
     return latents[:, 1:].cpu()
 
 
@@ -162,7 +203,9 @@ def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
 
 def animate(args) -> None:
     if (args.preset is None) == (args.backbone is None):
-        raise ValueError("give --backbone DIR (a local copy of CogVideoX1.5-5B-I2V) or --preset tiny (random weights)")
+        raise ValueError(
+            "give --backbone DIR (a local copy of CogVideoX1.5-5B-I2V) or --preset tiny (random weights)"
+        )
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
     check_output(output, args.reference, args.drive, suffixes=(".mp4",))
     device, dtype, reason = pick_device(args.device, args.dtype)
@@ -186,13 +229,21 @@ def animate(args) -> None:
     text = encode_text(args, device, dtype)
     network = vae(args, dtype).to(device)
     drive = cues.render(source, track, (height, width), options)
-    image, pose, face = encode(args, network, device, reference, own, tqdm(drive, desc="encode", unit="frame", total=frames))
+    image, pose, face = encode(
+        args, network, device, reference, own, tqdm(drive, desc="encode", unit="frame", total=frames)
+    )
     del network
     network = transformer(args, dtype).to(device)
     latents = denoise(args, network, device, text, image, pose, face)
     del network
     network = vae(args, dtype).to(device)
-    write_video(output, pictures(network, latents, frames, device), source.fps, audio=args.drive if source.has_audio else None, comment=AI_GENERATED)
+    write_video(
+        output,
+        pictures(network, latents, frames, device),
+        source.fps,
+        audio=args.drive if source.has_audio else None,
+        comment=AI_GENERATED,
+    )
     print(f"wrote {output}")
 
 

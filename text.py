@@ -46,7 +46,9 @@ class Tokenizer:
         path = Path(path)
         path = path / "spiece.model" if path.is_dir() else path
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such tokenizer; it is a file named spiece.model in the checkpoint's tokenizer folder")
+            raise FileNotFoundError(
+                f"{path}: no such tokenizer; it is a file named spiece.model in the checkpoint's tokenizer folder"
+            )
         try:
             self.model = SentencePieceProcessor(model_file=str(path))
         except RuntimeError:
@@ -87,7 +89,9 @@ def bucket(relative: Tensor, buckets: int, max_distance: int) -> Tensor:
     half = buckets // 2
     exact = half // 2
     distance = relative.abs()
-    far = exact + (distance.clamp(min=1) / exact).log() / torch.log(torch.tensor(max_distance / exact)) * (half - exact)
+    far = exact + (distance.clamp(min=1) / exact).log() / torch.log(torch.tensor(max_distance / exact)) * (
+        half - exact
+    )
     return (relative > 0) * half + torch.where(distance < exact, distance, far.long().clamp(max=half - 1))
 
 
@@ -108,8 +112,12 @@ class T5Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         h = self.norm1(x)
-        q, k, v = (layer(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        scores = (q @ k.transpose(-1, -2) + bias).to(torch.promote_types(x.dtype, torch.float32))  # (B, heads, L, L)
+        q, k, v = (
+            layer(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        scores = (q @ k.transpose(-1, -2) + bias).to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # (B, heads, L, L)
         h = (scores.softmax(-1).type_as(x) @ v).transpose(1, 2).flatten(2)
         x = x + self.out(h)
         h = self.norm2(x)
@@ -123,7 +131,9 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.dim)
-        self.bias = nn.Embedding(config.buckets, config.num_heads)  # block 0 owns it on disk; every block adds it
+        self.bias = nn.Embedding(
+            config.buckets, config.num_heads
+        )  # block 0 owns it on disk; every block adds it
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.depth))
         self.norm_out = RMSNorm(config.dim)
 

@@ -25,33 +25,62 @@ from dataclasses import replace
 from pathlib import Path
 
 STAGES = ("vae", "0", "1", "2")
-VAE_OF = {"cogvideox1.5-5b": "cogvideox1.5", "tiny": "toy"}  # whose latents a preset is trained on, where the names differ
+VAE_OF = {
+    "cogvideox1.5-5b": "cogvideox1.5",
+    "tiny": "toy",
+}  # whose latents a preset is trained on, where the names differ
 DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
-    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), lr=2e-5, batch=1, align_depth=10, ema=0.0, checkpointing=True, window=13),
-    "toy": dict(steps=(8000, 20_000, 3000, 3000), lr=5e-4, batch=16, align_depth=1, ema=0.999, checkpointing=False, window=5),
-    "tiny": dict(steps=(10, 10, 10, 10), lr=1e-3, batch=2, align_depth=1, ema=0.9, checkpointing=False, window=5),
+    "cogvideox1.5-5b": dict(
+        steps=(0, 0, 10_000, 30_000), lr=2e-5, batch=1, align_depth=10, ema=0.0, checkpointing=True, window=13
+    ),
+    "toy": dict(
+        steps=(8000, 20_000, 3000, 3000),
+        lr=5e-4,
+        batch=16,
+        align_depth=1,
+        ema=0.999,
+        checkpointing=False,
+        window=5,
+    ),
+    "tiny": dict(
+        steps=(10, 10, 10, 10), lr=1e-3, batch=2, align_depth=1, ema=0.9, checkpointing=False, window=5
+    ),
 }
 
 
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults")
+    first.add_argument(
+        "--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults"
+    )
     first.add_argument("--stage", choices=STAGES, default="1", help="see above")
     known, _ = first.parse_known_args(argv)
     default = DEFAULTS[known.preset]
     steps = default["steps"][STAGES.index(known.stage)]
 
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], parents=[first], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n")[0],
+        parents=[first],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     add = parser.add_argument
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
     add("--data", type=Path, default=Path("runs/toy-data"), help="data folder made by data.py")
-    add("--window", type=int, default=default["window"], help="latents of a clip seen at once, odd: 13 are 49 frames")
+    add(
+        "--window",
+        type=int,
+        default=default["window"],
+        help="latents of a clip seen at once, odd: 13 are 49 frames",
+    )
     add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 weights file or run")
     add("--teacher", type=Path, help="stage 2: a stage-1 run folder or weights file")
-    add("--init", choices=["teacher", "backbone"], default="teacher", help="stage 2: what the student starts from")
+    add(
+        "--init",
+        choices=["teacher", "backbone"],
+        default="teacher",
+        help="stage 2: what the student starts from",
+    )
     add("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     add("--dry-run", action="store_true", help="print what would be trained, and stop")
     add("--steps", type=int, default=steps, help="optimiser steps")
@@ -62,24 +91,56 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=1e-4, help="AdamW's; none on biases and norms")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema", type=float, default=default["ema"], help="decay of the weights' moving average; 0: none")
-    add("--lambda", dest="s2x_weight", type=float, default=0.5, help="weight of the Same2X loss (Table 4); 0: row S8")
-    add("--align-depth", type=int, default=default["align_depth"], help="block whose tokens Same2X aligns, counted from 1 (Table 4: D)")
+    add(
+        "--lambda",
+        dest="s2x_weight",
+        type=float,
+        default=0.5,
+        help="weight of the Same2X loss (Table 4); 0: row S8",
+    )
+    add(
+        "--align-depth",
+        type=int,
+        default=default["align_depth"],
+        help="block whose tokens Same2X aligns, counted from 1 (Table 4: D)",
+    )
     add("--cue-injection", choices=["cuefusion", "concat", "cross"], default="cuefusion", help="Table 5")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="Location Cue (Table 3: S7, S6)")
     add("--face", choices=["centered", "none"], default="centered", help="Face Cue (Table 3: S1)")
-    add("--ref-slot", choices=["reference", "copy"], default="reference", help="what slot 0 holds; copy: CogVideoX's own padding")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=default["checkpointing"], help="recompute blocks in the backward pass")
-    add("--dtype", choices=["bfloat16", "float32", "float64"], help="of the computation; weights stay float32 (default: bfloat16 where fast)")
+    add(
+        "--ref-slot",
+        choices=["reference", "copy"],
+        default="reference",
+        help="what slot 0 holds; copy: CogVideoX's own padding",
+    )
+    add(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=default["checkpointing"],
+        help="recompute blocks in the backward pass",
+    )
+    add(
+        "--dtype",
+        choices=["bfloat16", "float32", "float64"],
+        help="of the computation; weights stay float32 (default: bfloat16 where fast)",
+    )
     add("--device", help="default: cuda if present, else cpu")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--log-every", type=int, default=20, help="steps between log lines")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints to keep, the newest; 0: all")
-    add("--eval-every", type=int, default=500, help="steps between held-out losses, loss plots and sample strips; 0: never")
+    add(
+        "--eval-every",
+        type=int,
+        default=500,
+        help="steps between held-out losses, loss plots and sample strips; 0: never",
+    )
     args = parser.parse_args(argv)
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
     if (args.stage == "2") != (args.teacher is not None):
-        parser.error("--stage 2 needs --teacher RUN, a stage-1 run folder or weights file; the other stages take none")
+        parser.error(
+            "--stage 2 needs --teacher RUN, a stage-1 run folder or weights file; the other stages take none"
+        )
     if args.init == "backbone" and args.stage != "2":
         parser.error("--init is a choice of stage 2: stage 1 always starts from the backbone")
     return parser, args
@@ -88,7 +149,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()  # before torch is imported: --help answers at once
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn as nn  # noqa: E402
@@ -96,7 +156,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from data import Clips, Pictures, keyed, prefetched  # noqa: E402
+from data import Clips, Pictures, prefetched  # noqa: E402
 from diffusion import Schedule  # noqa: E402
 from load_cogvideox import load_transformer, load_weights, pick_device, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT  # noqa: E402
@@ -129,7 +189,12 @@ class Denoising(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         target = self.schedule.velocity(batch["latents"], batch["noise"], batch["step"])
         v, features = self.model(
-            self.noisy(batch), batch["step"], batch["text"], batch.get("pose"), batch.get("face"), tap=self.align_depth
+            self.noisy(batch),
+            batch["step"],
+            batch["text"],
+            batch.get("pose"),
+            batch.get("face"),
+            tap=self.align_depth,
         )
         losses = {"denoise": F.mse_loss(v.to(target.dtype), target, reduction="none").flatten(1).mean(1)}
         if "teacher_features" in batch:
@@ -173,7 +238,10 @@ def load_backbone(path: Path, config) -> DiT:
     if (path / "transformer").is_dir():
         return load_transformer(path, torch.float32)
     backbone, header = load_weights(newest_weights(path))
-    if replace(backbone.config, cue_channels=config.cue_channels, cue_injection=config.cue_injection) != config:
+    if (
+        replace(backbone.config, cue_channels=config.cue_channels, cue_injection=config.cue_injection)
+        != config
+    ):
         raise ValueError(f"{path}: its sizes {backbone.config} are not those of the preset, {config}")
     model = DiT(config)
     model.load_state_dict(backbone.state_dict(), strict=False)
@@ -195,7 +263,9 @@ def build(args) -> nn.Module:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":
         return DiT(config)  # small enough to start from nothing
-    raise ValueError(f"--stage {args.stage} starts from a backbone: give --backbone (a CogVideoX1.5-5B-I2V folder, or a stage-0 run)")
+    raise ValueError(
+        f"--stage {args.stage} starts from a backbone: give --backbone (a CogVideoX1.5-5B-I2V folder, or a stage-0 run)"
+    )
 
 
 def load_teacher(args, dtype, device) -> DiT:
@@ -204,7 +274,9 @@ def load_teacher(args, dtype, device) -> DiT:
     config = replace(DIT_PRESETS[args.preset], cue_injection=args.cue_injection)
     teacher, header = load_weights(path, dtype, config)
     if header.get("stage") != "1":
-        raise ValueError(f"{path}: --teacher must be a stage-1 model, this one is stage {header.get('stage')}")
+        raise ValueError(
+            f"{path}: --teacher must be a stage-1 model, this one is stage {header.get('stage')}"
+        )
     teacher.blocks = teacher.blocks[: args.align_depth]
     return teacher.to(device).requires_grad_(False).eval()
 
@@ -241,7 +313,9 @@ def save_checkpoint(run: Path, step: int, args, model, ema, optimizer) -> None:
         shutil.rmtree(part, ignore_errors=True)
         if error.errno == errno.ENOSPC:
             need = sum(p.numel() for p in model.parameters()) * 4 * (4 if ema else 3) / 2**20
-            raise OSError(f"{run}: the disk is full, a checkpoint needs {need:,.0f} MiB; the previous one stands") from None
+            raise OSError(
+                f"{run}: the disk is full, a checkpoint needs {need:,.0f} MiB; the previous one stands"
+            ) from None
         raise
     for old in checkpoints(run)[: -args.keep or None]:
         shutil.rmtree(old)
@@ -301,7 +375,12 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor], step: Tensor | None):
         for name, value in losses.items():
-            total = torch.stack([value.detach().double().sum(), torch.tensor(float(len(value)), dtype=torch.float64, device=self.device)])
+            total = torch.stack(
+                [
+                    value.detach().double().sum(),
+                    torch.tensor(float(len(value)), dtype=torch.float64, device=self.device),
+                ]
+            )
             self.sums[name] = self.sums.get(name, 0) + total
         if step is not None:
             bins = step // 100
@@ -318,7 +397,9 @@ class Meter:
 
 
 @torch.no_grad()
-def held_out_loss(args, objective: nn.Module, ema: dict | None, scale: float, device, autocast, wide, batches: int = 4) -> float:
+def held_out_loss(
+    args, objective: nn.Module, ema: dict | None, scale: float, device, autocast, wide, batches: int = 4
+) -> float:
     """Denoising loss on the test split with the averaged weights: the same clips, noise and steps every time, no dropouts."""
     clips, G = Clips(args.data, args, scale, split="test"), 16
     model, total = objective.model, 0.0
@@ -328,7 +409,12 @@ def held_out_loss(args, objective: nn.Module, ema: dict | None, scale: float, de
     for k in range(batches):
         batch = to_device(clips.batch(k, range(G), G), device, wide)
         with autocast:
-            total += objective({n: v for n, v in batch.items() if not n.startswith("teacher")})["denoise"].mean().item() / batches
+            total += (
+                objective({n: v for n, v in batch.items() if not n.startswith("teacher")})["denoise"]
+                .mean()
+                .item()
+                / batches
+            )
     for name, p in model.named_parameters():
         p.data = trained[name]
     return total
@@ -340,7 +426,10 @@ def total_loss(losses: dict[str, Tensor], args) -> Tensor:
 
 
 def to_device(batch: dict, device, dtype) -> dict:
-    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True) for k, v in batch.items()}
+    return {
+        k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True)
+        for k, v in batch.items()
+    }
 
 
 def train(args) -> None:
@@ -359,20 +448,28 @@ def train(args) -> None:
     if args.stage != "vae":
         model.checkpointing = args.checkpointing
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True
+    )
     start = load_checkpoint(run, model, ema, optimizer) if args.resume else 0
     objective = Coding(model) if args.stage == "vae" else Denoising(model, args.align_depth)
     wrapped = ranks.wrap(objective)
 
-    G = args.batch * args.accumulate * ranks.count  # samples a step; this rank's are i = rank, rank + ranks.count, ...
+    G = (
+        args.batch * args.accumulate * ranks.count
+    )  # samples a step; this rank's are i = rank, rank + ranks.count, ...
     scale = VAE_PRESETS[VAE_OF.get(args.preset, args.preset)].scaling_factor
     data = Pictures(args) if args.stage == "vae" else Clips(args.data, args, scale)
-    ranks.print(f"stage {args.stage}, preset {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} clips, "
-                f"{G} samples a step on {ranks.count} x {ranks.device.type}, {str(dtype).removeprefix('torch.')} ({ranks.reason})")
+    ranks.print(
+        f"stage {args.stage}, preset {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} clips, "
+        f"{G} samples a step on {ranks.count} x {ranks.device.type}, {str(dtype).removeprefix('torch.')} ({ranks.reason})"
+    )
     if args.dry_run:
         return
     if ranks.rank == 0:
-        (run / "config.json").write_text(json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, indent=1))
+        (run / "config.json").write_text(
+            json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, indent=1)
+        )
     log = open(run / "log.jsonl", "a") if ranks.rank == 0 else None
     meter, began = Meter(ranks.device), time.perf_counter()
 
@@ -390,7 +487,12 @@ def train(args) -> None:
                 if teacher is not None:  # same x_t, step, text and reference; its own cues
                     with torch.no_grad():
                         batch["teacher_features"] = teacher.features(
-                            objective.noisy(batch), batch["step"], batch["text"], batch["teacher_pose"], batch["teacher_face"], args.align_depth
+                            objective.noisy(batch),
+                            batch["step"],
+                            batch["text"],
+                            batch["teacher_pose"],
+                            batch["teacher_face"],
+                            args.align_depth,
                         )
                 losses = wrapped(batch)
             loss = total_loss(losses, args)
@@ -401,7 +503,9 @@ def train(args) -> None:
 
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         if not torch.isfinite(norm):
-            raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: lower --lr, or --resume")
+            raise ValueError(
+                f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: lower --lr, or --resume"
+            )
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min((step + 1) / max(args.warmup, 1), 1)
         optimizer.step()
@@ -411,14 +515,21 @@ def train(args) -> None:
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            record = {
+                "step": done,
+                **meter.read(ranks),
+                "grad": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+            }
             rate = (done - start) / (time.perf_counter() - began)
             if ranks.rank == 0:
                 log.write(json.dumps(record) + "\n"), log.flush()
                 words = [f"{name} {record[name]:.4f}" for name in record if name in losses]
                 left = (args.steps - done) / rate
-                ranks.print(f"stage {args.stage} | step {done}/{args.steps} | {' | '.join(words)} | grad {record['grad']:.2f} | "
-                            f"{rate:.2f} it/s | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left")
+                ranks.print(
+                    f"stage {args.stage} | step {done}/{args.steps} | {' | '.join(words)} | grad {record['grad']:.2f} | "
+                    f"{rate:.2f} it/s | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
+                )
         if args.stage != "vae" and args.eval_every and done % args.eval_every == 0 and ranks.rank == 0:
             value = held_out_loss(args, objective, ema, scale, ranks.device, autocast, wide)
             log.write(json.dumps({"step": done, "held_out": value}) + "\n"), log.flush()

@@ -1,6 +1,6 @@
 """The causal 3D VAE of CogVideoX1.5 (paper Sec. 3.1 and A.1; frozen there): 8x8 pixels and 4 frames become one latent.
 
-Causal means that a frame never looks at later ones: each 3x3x3 convolution sees its own frame and two before it. So a clip can be
+Causal means that a convolution never looks at later frames: each sees its own frame and two before it. So a clip can be
 coded in chunks, each convolution keeping the last two frames of its input, with memory that does not grow with the clip.
 A chunk is 8 frames = 2 latents; the first has one more. Only GroupNorm looks at a whole chunk, so the size of the chunks is
 part of the model. Checked against diffusers' AutoencoderKLCogVideoX in `tests/test_parity.py`.
@@ -52,7 +52,9 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, dim, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
-        past = [cache[self]] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would leave channels-last
+        past = (
+            [cache[self]] if self in cache else [x[:, :, :1]] * 2
+        )  # not expand: cat would leave channels-last
         x = torch.cat([*past, x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
@@ -72,7 +74,7 @@ def modulate_(x: Tensor, y: Tensor, b: Tensor) -> None:
 class Norm(nn.Module):
     """GroupNorm; in the decoder also modulated by the latents z under each place: GN(x) * conv_y(z) + conv_b(z).
 
-    The 1x1x1 convolutions run at z's own size, 1/64 of the places that x has, and the result is spread by broadcasting;
+    The 1x1x1 convolutions run at z's own size, at most levels a small part of the places that x has, and the result is spread by broadcasting;
     they look at one frame only, so they need no cache.
     """
 
@@ -87,7 +89,9 @@ class Norm(nn.Module):
         if z is None:
             return x
         y, b = self.conv_y(z), self.conv_b(z)
-        alone = x.shape[2] % 2  # a clip's first latent is one frame (all of x, if that is all there is), the others up to four
+        alone = (
+            x.shape[2] % 2
+        )  # a clip's first latent is one frame (all of x, if that is all there is), the others up to four
         for part in (slice(0, alone), slice(alone, None)):
             if x[:, :, part].shape[2]:
                 modulate_(x[:, :, part], y[:, :, part], b[:, :, part])
@@ -140,7 +144,9 @@ class Upsample(nn.Module):
         if self.time and x.shape[2] > 1:  # repeated after the convolution, which then runs on half the frames
             first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
             rest = F.interpolate(rest, scale_factor=(2.0, 1.0, 1.0))
-            x = torch.cat([first, rest], dim=2) if first.shape[2] else rest  # cat with an empty tensor leaves channels-last
+            x = (
+                torch.cat([first, rest], dim=2) if first.shape[2] else rest
+            )  # cat with an empty tensor leaves channels-last
         return x
 
 
@@ -148,9 +154,13 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    def __init__(self, in_dim: int, dim: int, layers: int, resample: nn.Module | None, config: VAEConfig, decoder: bool):
+    def __init__(
+        self, in_dim: int, dim: int, layers: int, resample: nn.Module | None, config: VAEConfig, decoder: bool
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(in_dim if i == 0 else dim, dim, config, decoder) for i in range(layers))
+        self.blocks = nn.ModuleList(
+            ResBlock(in_dim if i == 0 else dim, dim, config, decoder) for i in range(layers)
+        )
         self.resample = resample
 
     def forward(self, x: Tensor, z: Tensor | None, cache: dict) -> Tensor:
@@ -167,7 +177,14 @@ class Encoder(nn.Module):
         dims, last = config.channels, len(config.channels) - 1
         self.conv_in = CausalConv3d(3, dims[0])
         self.levels = nn.ModuleList(
-            Level(dims[max(i - 1, 0)], dim, config.layers, Downsample(dim, i < 2) if i < last else None, config, False)
+            Level(
+                dims[max(i - 1, 0)],
+                dim,
+                config.layers,
+                Downsample(dim, i < 2) if i < last else None,
+                config,
+                False,
+            )
             for i, dim in enumerate(dims)
         )
         self.mid = Level(dims[-1], dims[-1], 2, None, config, False)
@@ -191,7 +208,14 @@ class Decoder(nn.Module):
         self.conv_in = CausalConv3d(config.latent_channels, dims[0])
         self.mid = Level(dims[0], dims[0], 2, None, config, True)
         self.levels = nn.ModuleList(
-            Level(dims[max(i - 1, 0)], dim, config.layers + 1, Upsample(dim, i < 2) if i < last else None, config, True)
+            Level(
+                dims[max(i - 1, 0)],
+                dim,
+                config.layers + 1,
+                Upsample(dim, i < 2) if i < last else None,
+                config,
+                True,
+            )
             for i, dim in enumerate(dims)
         )
         self.norm_out = Norm(dims[-1], config, True)
@@ -243,11 +267,13 @@ class CausalVAE(nn.Module):
         """Lay the weights out for channels-last convolutions (again after loading: assignment keeps the file's layout)."""
         for p in self.parameters():
             if p.ndim >= 4:
-                p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d)
+                p.data = p.data.contiguous(
+                    memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d
+                )
         return self
 
     def tile(self, enabled: bool):
-        """Cut large pictures into overlapping tiles: less memory, about 1.5 times the work."""
+        """Cut large pictures into overlapping tiles: less memory, 1.5 times the work per axis that is cut."""
         self.tiling = enabled
 
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -258,7 +284,9 @@ class CausalVAE(nn.Module):
             raise ValueError(frame_count_error(0))
         H, W = first.shape[2:]
         if H % 8 or W % 8:
-            raise ValueError(f"{W}x{H} pixels: the VAE needs multiples of 8, for example {nearest(W, 8)}x{nearest(H, 8)}")
+            raise ValueError(
+                f"{W}x{H} pixels: the VAE needs multiples of 8, for example {nearest(W, 8)}x{nearest(H, 8)}"
+            )
         tiles = Tiles(self.encoder, H // 8, W // 8, self.tiling, scale_in=8, scale_out=1)
         for count, chunk in enumerate(chunks(chain([first], frames), 8)):
             if len(chunk) != (9 if count == 0 else 8) and (count, len(chunk)) != (0, 1):
@@ -308,7 +336,9 @@ class Tiles:
             weight = ramp(tile.shape[3], overlap, x.device)[:, None] * ramp(tile.shape[4], overlap, x.device)
             # padded to the whole picture: plain, and small beside what the network itself needs
             top, left = (s * self.scale_out for s in start)
-            bottom, right = (n * self.scale_out - s - m for n, s, m in zip(self.size, (top, left), tile.shape[3:]))
+            bottom, right = (
+                n * self.scale_out - s - m for n, s, m in zip(self.size, (top, left), tile.shape[3:])
+            )
             total = total + F.pad(tile * weight, (left, right, top, bottom))
             weights = weights + F.pad(weight, (left, right, top, bottom))
         return (total / weights).to(tile.dtype)

@@ -19,3 +19,4 @@ def assets() -> Path:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # on a busy machine two threads that wait for each other are slower than one

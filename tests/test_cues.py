@@ -353,10 +353,14 @@ def test_people_who_touch_are_kept_apart():
             assert inside > 0.99 and 780 < person.mask.sum() < 1100
 
 
-def test_one_body_that_the_net_splits_stays_one_person():
+@pytest.mark.parametrize("cores", [[(4, 24, 20, 40), (36, 60, 20, 28), (36, 60, 32, 40)],     # skirt
+                                   [(4, 60, 30, 40), (30, 60, 16, 24)]])                       # a leg astride
+def test_one_body_that_the_net_splits_stays_one_person(cores):
     """A dark skirt parts the sure pixels in chest and legs; read as two people, half a dancer is lost."""
     picture = np.zeros((64, 64), np.float32)
-    picture[4:24, 20:40], picture[24:36, 20:40], picture[36:60, 20:28], picture[36:60, 32:40] = 1, 0.7, 1, 1
+    picture[24:36, 16:40] = 0.7                                        # hips, not sure
+    for y0, y1, x0, x1 in cores:
+        picture[y0:y1, x0:x1] = 1
     body = picture > 0.5
     picture[10:14, 58:62] = 1                                          # a lamp, as sure as she is
     picture[4:60, 40:42] = 0.48                                        # doubt along her side
@@ -364,6 +368,14 @@ def test_one_body_that_the_net_splits_stays_one_person():
     for _, person, _ in Finder(net)(frames):
         assert (person.mask == body).all() and len(net.people) == 1
         assert person.stability == pytest.approx((body.sum() + 16) / (body.sum() + 16 + 112))
+
+
+def test_blobs_come_largest_first_and_without_specks():
+    """Noise has hundreds of blobs; each would cost a mask of the frame's size."""
+    mask = np.zeros((20, 30), bool)
+    mask[1, 1], mask[5:10, 5:10], mask[12:18, 12:28], mask[15, 1] = True, True, True, True
+    assert [blob.sum() for blob in cues.blobs(mask, 0.2)] == [96, 25]
+    assert [blob.sum() for blob in cues.blobs(mask, 1)] == [96] and not cues.blobs(mask & False, 1)
 
 
 def test_a_small_person_is_looked_at_twice():
@@ -502,6 +514,14 @@ def test_no_usable_frame_is_one_sentence_and_one_frame_alone_is_kept():
         judged([])
     with pytest.raises(ValueError, match="1 driving frames is accepted; 1 fail for: nobody"):
         judged([[]])
+
+
+def test_a_reference_without_a_person_fails_before_the_clip_is_read():
+    """Minutes of segmentation must not precede a mistake that was there from the start."""
+    unread = (pytest.fail("the clip was read") for _ in range(1))
+    for options, mask in ((CueOptions(), OWN_BODY & False), (CueOptions(align="face"), OWN_BODY)):
+        with pytest.raises(ValueError, match="nobody to align to|needs a face"):
+            analyse(unread, REFERENCE, Finder(masks=MASKS, reference_mask=paint_mask(mask)), options)
 
 
 def test_a_rejected_frame_has_a_black_pose_and_its_neighbours_mask():

@@ -21,7 +21,9 @@ def test_padding_mirrors_the_end_to_8k_plus_1(n):
     assert list(padded(iter(frames))) == expected
 
 
-@pytest.mark.parametrize("T, groups", [(1, [[0]]), (9, [[0], [1, 2, 3, 4], [5, 6, 7, 8]]), (8, [[0, 1, 2, 3], [4, 5, 6, 7]])])
+@pytest.mark.parametrize(
+    "T, groups", [(1, [[0]]), (9, [[0], [1, 2, 3, 4], [5, 6, 7, 8]]), (8, [[0, 1, 2, 3], [4, 5, 6, 7]])]
+)
 def test_masks_are_pooled_over_their_own_frames_and_cells(T, groups):
     """Loop oracle, float64; catches trilinear sampling, and frames that go to the wrong latent."""
     masks = np.random.default_rng(0).random((T, 1, 24, 40))
@@ -30,14 +32,22 @@ def test_masks_are_pooled_over_their_own_frames_and_cells(T, groups):
     for k, group in enumerate(groups):
         for i in range(3):
             for j in range(5):
-                cell = [masks[t, 0, y, x] for t in group for y in range(8 * i, 8 * i + 8) for x in range(8 * j, 8 * j + 8)]
+                cell = [
+                    masks[t, 0, y, x]
+                    for t in group
+                    for y in range(8 * i, 8 * i + 8)
+                    for x in range(8 * j, 8 * j + 8)
+                ]
                 assert pooled[k, 0, i, j].item() == pytest.approx(sum(cell) / len(cell), rel=1e-12)
 
 
 def rows(T, H=24, W=40, seed=0):
     rng = np.random.default_rng(seed)
     for _ in range(T):
-        yield (*(rng.uniform(-1, 1, (3, H, W)).astype(np.float32) for _ in range(2)), *(rng.random((1, H, W)).astype(np.float32) for _ in range(2)))
+        yield (
+            *(rng.uniform(-1, 1, (3, H, W)).astype(np.float32) for _ in range(2)),
+            *(rng.random((1, H, W)).astype(np.float32) for _ in range(2)),
+        )
 
 
 def test_encoded_cues_equal_encoding_the_whole_clip():

@@ -1,6 +1,6 @@
 """The real sizes on a small machine: random bfloat16 weights in the hub's layout, read and run by sample.py (21 GB of disk).
 
-    pytest -m slow tests/test_full_size.py -s
+pytest -m slow tests/test_full_size.py -s
 """
 
 import json
@@ -83,7 +83,9 @@ def write_random_checkpoint(folder, dtype=torch.bfloat16, shard_bytes=2 * 2**30)
 def run_watched(command) -> tuple[str, float, float]:
     """Run a command; returns what it printed, its peak anonymous memory in GiB (files mapped from disk do not count), seconds."""
     began, peak = time.perf_counter(), 0
-    process = subprocess.Popen([str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [str(c) for c in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while process.poll() is None:
         try:
             with open(f"/proc/{process.pid}/status") as status:
@@ -107,8 +109,24 @@ def test_full_size_networks_animate_in_16_gib(tmp_path):
     for i, (body, face) in enumerate(zip(clip.body, clip.face)):
         write_image(tmp_path / "masks" / f"{i}.png", cues.paint_mask(body, face))
 
-    command = [sys.executable, "sample.py", tmp_path / "ref.png", tmp_path / "drive.mp4", "--backbone", tmp_path / "backbone"]
-    command += ["--masks", tmp_path / "masks", "--reference-mask", tmp_path / "ref_mask.png", "--area", 256 * 256, "--steps", 2]
+    command = [
+        sys.executable,
+        "sample.py",
+        tmp_path / "ref.png",
+        tmp_path / "drive.mp4",
+        "--backbone",
+        tmp_path / "backbone",
+    ]
+    command += [
+        "--masks",
+        tmp_path / "masks",
+        "--reference-mask",
+        tmp_path / "ref_mask.png",
+        "--area",
+        256 * 256,
+        "--steps",
+        2,
+    ]
     command += ["--dtype", "bfloat16", "--device", "cpu", "-o", tmp_path / "out.mp4"]
     printed, peak, seconds = run_watched(command)
     print(f"\nfull size, 9 frames at 256x256, 2 steps: peak anonymous memory {peak:.2f} GiB, {seconds:.0f} s")

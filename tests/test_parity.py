@@ -10,8 +10,12 @@ from diffusion import Schedule, ddim, dpm_solver
 from load_cogvideox import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from text import empty_prompt
 
-diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-dev.txt")
-transformers = pytest.importorskip("transformers", reason="parity needs transformers: pip install -r requirements-dev.txt")
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity needs diffusers: pip install -r requirements-dev.txt"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity needs transformers: pip install -r requirements-dev.txt"
+)
 
 
 def error(ours, theirs) -> float:
@@ -30,15 +34,25 @@ def assert_equal(run_ours, run_theirs, pairs, tolerance):
 
         return hook
 
-    hooks = [module.register_forward_hook(record(n, side)) for n, a, b in pairs for side, module in (("a", a), ("b", b))]
+    hooks = [
+        module.register_forward_hook(record(n, side))
+        for n, a, b in pairs
+        for side, module in (("a", a), ("b", b))
+    ]
     with torch.no_grad():
         ours, theirs = run_ours(), run_theirs()
     for hook in hooks:
         hook.remove()
     assert ours.shape == theirs.shape
     if error(ours, theirs) > tolerance:
-        broken = [n for n, _, _ in pairs if seen[n]["a"].shape != seen[n]["b"].shape or error(seen[n]["a"], seen[n]["b"]) > tolerance]
-        pytest.fail(f"error {error(ours, theirs):.1e} > {tolerance}; first layer that differs: {(broken or ['the output head'])[0]}")
+        broken = [
+            n
+            for n, _, _ in pairs
+            if seen[n]["a"].shape != seen[n]["b"].shape or error(seen[n]["a"], seen[n]["b"]) > tolerance
+        ]
+        pytest.fail(
+            f"error {error(ours, theirs):.1e} > {tolerance}; first layer that differs: {(broken or ['the output head'])[0]}"
+        )
 
 
 def randomize(model, seed=0):
@@ -87,18 +101,30 @@ def reference_rope(theirs, grid):
 def test_transformer_equals_diffusers(tmp_path, image_to_video, f, h, w):
     """Both CogVideoX1.5 configs, landscape and portrait; catches token order, adaLN order, RoPE, qk-norm, eps and mapping faults."""
     theirs = save_transformer(tmp_path, image_to_video)
-    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 3, "shards must be small enough to split a block"
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 3, (
+        "shards must be small enough to split a block"
+    )
     ours = load_transformer(tmp_path)
     torch.manual_seed(1)
     latents, text = torch.randn(2, f, 32 if image_to_video else 16, h, w), torch.randn(2, 10, 56)
     step = torch.tensor([999, 37])
     ofs = torch.full((2,), 2.0) if image_to_video else None
     rope = reference_rope(theirs, (f // 2, h // 2, w // 2))
-    pairs = [("text_embed", ours.text_embed, theirs.patch_embed.text_proj), ("patch_embed", ours.patch_embed, theirs.patch_embed.proj)]
+    pairs = [
+        ("text_embed", ours.text_embed, theirs.patch_embed.text_proj),
+        ("patch_embed", ours.patch_embed, theirs.patch_embed.proj),
+    ]
     pairs += [("time_embed", ours.time_embed, theirs.time_embedding)]
     for i, (a, b) in enumerate(zip(ours.blocks, theirs.transformer_blocks)):
-        pairs += [(f"blocks.{i}.norm1", a.norm1, b.norm1), (f"blocks.{i}.norm2", a.norm2, b.norm2), (f"blocks.{i}", a, b)]
-    pairs += [("norm_final", ours.norm_final, theirs.norm_final), ("norm_out", ours.norm_out, theirs.norm_out)]
+        pairs += [
+            (f"blocks.{i}.norm1", a.norm1, b.norm1),
+            (f"blocks.{i}.norm2", a.norm2, b.norm2),
+            (f"blocks.{i}", a, b),
+        ]
+    pairs += [
+        ("norm_final", ours.norm_final, theirs.norm_final),
+        ("norm_out", ours.norm_out, theirs.norm_out),
+    ]
     assert_equal(
         lambda: ours(latents, step, text),
         lambda: theirs(latents, text, step, ofs=ofs, image_rotary_emb=rope, return_dict=False)[0],
@@ -145,7 +171,9 @@ def test_vae_encode_equals_diffusers(vaes, frames):
         posterior = theirs.encode(video.transpose(1, 2)).latent_dist
         return torch.stack([posterior.mean, posterior.logvar]).transpose(2, 3)
 
-    assert_equal(lambda: torch.stack(ours.encode(video)), run_theirs, vae_pairs(ours, theirs, encoder=True), 2e-5)
+    assert_equal(
+        lambda: torch.stack(ours.encode(video)), run_theirs, vae_pairs(ours, theirs, encoder=True), 2e-5
+    )
 
 
 @pytest.mark.parametrize("latent_frames", [1, 3, 5, 7])
@@ -167,12 +195,21 @@ def test_vae_decode_equals_diffusers(vaes, latent_frames):
 def test_t5_equals_transformers(tmp_path):
     """No mask, unscaled attention, gated GELU, shared position bias, 226 tokens with padding."""
     config = transformers.T5Config(
-        vocab_size=128, d_model=48, d_kv=8, d_ff=72, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu", tie_word_embeddings=False
+        vocab_size=128,
+        d_model=48,
+        d_kv=8,
+        d_ff=72,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
     )
     theirs = randomize(transformers.T5EncoderModel(config), seed=5)
     theirs.save_pretrained(tmp_path / "text_encoder", max_shard_size="40KB")
     ours = load_text_encoder(tmp_path)
-    ids = torch.cat([torch.randint(0, 128, (1, 226), generator=torch.Generator().manual_seed(6)), empty_prompt()])
+    ids = torch.cat(
+        [torch.randint(0, 128, (1, 226), generator=torch.Generator().manual_seed(6)), empty_prompt()]
+    )
     pairs = [("embed", ours.embed, theirs.encoder.embed_tokens)]
     pairs += [(f"blocks.{i}", a, b) for i, (a, b) in enumerate(zip(ours.blocks, theirs.encoder.block))]
     assert_equal(lambda: ours(ids), lambda: theirs(ids).last_hidden_state, pairs, 1e-5)
@@ -194,7 +231,14 @@ def test_tokenizer_ids_equal_transformers(assets):
     folder = assets / "weights" / "tokenizer"
     theirs = transformers.T5Tokenizer.from_pretrained(folder)
     ours = load_tokenizer(assets / "weights")
-    expected = theirs(PROMPTS, padding="max_length", max_length=226, truncation=True, add_special_tokens=True, return_tensors="pt").input_ids
+    expected = theirs(
+        PROMPTS,
+        padding="max_length",
+        max_length=226,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
+    ).input_ids
     ids = ours(PROMPTS)
     for prompt, a, b in zip(PROMPTS, ids, expected):
         assert torch.equal(a, b), f"ids differ for {prompt[:40]!r}"
@@ -243,7 +287,9 @@ def test_dpm_solver_equals_diffusers_given_the_same_noise(steps):
     for i, step in enumerate(scheduler.timesteps):
         last = scheduler.timesteps[i - 1] if i else None
         generator = torch.Generator().manual_seed(i)
-        theirs, old = scheduler.step(denoiser(theirs, step), old, step, last, theirs, generator=generator, return_dict=False)
+        theirs, old = scheduler.step(
+            denoiser(theirs, step), old, step, last, theirs, generator=generator, return_dict=False
+        )
         replay = torch.Generator().manual_seed(i)
         first, second = (torch.randn(start.shape, generator=replay) for _ in range(2))
         used.append(second if 0 < i < steps - 1 else first)
@@ -257,6 +303,14 @@ def test_schedule_equals_diffusers_and_golden_numbers():
     ours = Schedule().alphas_cumprod
     theirs = diffusers.CogVideoXDDIMScheduler(**SCHEDULER).alphas_cumprod
     assert (ours - theirs).abs().max() < 1e-7
-    golden = {0: 0.99915, 1: 0.9982334461401823, 100: 0.886761, 500: 0.241019, 750: 0.032799, 998: 1.968e-7, 999: 0.0}
+    golden = {
+        0: 0.99915,
+        1: 0.9982334461401823,
+        100: 0.886761,
+        500: 0.241019,
+        750: 0.032799,
+        998: 1.968e-7,
+        999: 0.0,
+    }
     for step, value in golden.items():
         assert ours[step].item() == pytest.approx(value, rel=1e-4, abs=1e-12)

@@ -43,7 +43,18 @@ def write_sound(path, seconds):
 
 
 def arguments(example, *extra, reference="ref.png", drive="drive.mp4", masks="masks"):
-    given = [example / reference, example / drive, "--preset", "tiny", "--area", 64 * 96, "--steps", 2, "--device", "cpu"]
+    given = [
+        example / reference,
+        example / drive,
+        "--preset",
+        "tiny",
+        "--area",
+        64 * 96,
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+    ]
     given += ["--masks", example / masks, "--reference-mask", example / "ref_mask.png"] if masks else []
     return [str(a) for a in [*given, *extra]]
 
@@ -87,9 +98,13 @@ def test_guidance_1_is_the_prompt_alone_and_batched_guidance_is_the_formula(exam
 
     cue, image = torch.zeros(1, 4, 17, 2, 2), torch.zeros(1, 16, 2, 2)
     text = torch.stack([torch.full((3, 5), 0.2), torch.full((3, 5), 0.1)])
-    _, args = sample.parse_args(arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None))
+    _, args = sample.parse_args(
+        arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None)
+    )
     latents = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue)
-    assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), "x0 = -v at step 999"
+    assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), (
+        "x0 = -v at step 999"
+    )
     latents = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue)
     assert torch.allclose(latents, torch.full_like(latents, -0.2), atol=1e-6)
 
@@ -117,7 +132,17 @@ def test_one_frame_clip_and_odd_counts(example, tmp_path):
             (folder / "frames").mkdir(parents=True, exist_ok=True)
             write_image(folder / "masks" / f"{i}.png", cues.paint_mask(clip.body[i], clip.face[i]))
             write_image(folder / "frames" / f"{i}.png", clip.video[i])
-        run(example, "-o", folder / "out.mp4", "--steps", 1, "--guidance", 1, drive=folder / "frames", masks=folder / "masks")
+        run(
+            example,
+            "-o",
+            folder / "out.mp4",
+            "--steps",
+            1,
+            "--guidance",
+            1,
+            drive=folder / "frames",
+            masks=folder / "masks",
+        )
         assert sum(1 for _ in Video(folder / "out.mp4")) == n
 
 
@@ -161,6 +186,8 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
 def test_help_answers_before_torch_is_imported():
     """--help in well under the 1.5 s that torch alone takes to import."""
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "sample.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "reference" in done.stdout
     assert " torch\n" not in done.stderr and time.perf_counter() - began < 20

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from data import keyed
-from load_cogvideox import load_weights, save_weights
+from load_cogvideox import save_weights
 from model import DIT_PRESETS, DiT
 
 from conftest import ROOT
@@ -28,19 +27,50 @@ def folder(tmp_path_factory):
     lines = []
     for n in range(8):
         rng = np.random.default_rng(n)
-        z = lambda *shape: torch.from_numpy(rng.standard_normal((*shape, 16, 6, 4)).astype(np.float32)).bfloat16()  # noqa: E731,B023
+        z = lambda *shape: torch.from_numpy(
+            rng.standard_normal((*shape, 16, 6, 4)).astype(np.float32)
+        ).bfloat16()  # noqa: E731,B023
         bits = lambda: torch.from_numpy(rng.integers(0, 256, (33, 48, 4), dtype=np.uint8))  # noqa: E731,B023
-        tensors = dict(mean=z(9), logvar=z(9) - 4, pose=z(2, 9), face=z(2, 9), pseudo_pose=z(2, 9), pseudo_face=z(2, 9))
-        tensors |= dict(body=bits(), face_mask=bits(), ref_frame=torch.tensor([2, 17, 30]), ref_clean=z(3), ref_noisy=z(3))
+        tensors = dict(
+            mean=z(9), logvar=z(9) - 4, pose=z(2, 9), face=z(2, 9), pseudo_pose=z(2, 9), pseudo_face=z(2, 9)
+        )
+        tensors |= dict(
+            body=bits(), face_mask=bits(), ref_frame=torch.tensor([2, 17, 30]), ref_clean=z(3), ref_noisy=z(3)
+        )
         tensors |= dict(ref_pose=z(3), ref_face=z(3), text=torch.randn(4, 32).bfloat16())
         save_file(tensors, folder / "cache" / f"{n}.safetensors")
-        lines.append({"id": str(n), "split": "test" if n > 5 else "train", "frames": 33, "fps": 16, "height": 48, "width": 32, "pseudo": 1})
+        lines.append(
+            {
+                "id": str(n),
+                "split": "test" if n > 5 else "train",
+                "frames": 33,
+                "fps": 16,
+                "height": 48,
+                "width": 32,
+                "pseudo": 1,
+            }
+        )
     (folder / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def arguments(folder, run, *extra, stage="1"):
-    given = ["--preset", "tiny", "--stage", stage, "--data", folder, "-o", run, "--device", "cpu", "--dtype", "float32", "--eval-every", 0]
+    given = [
+        "--preset",
+        "tiny",
+        "--stage",
+        stage,
+        "--data",
+        folder,
+        "-o",
+        run,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--eval-every",
+        0,
+    ]
     return [str(a) for a in [*given, *extra]]
 
 
@@ -56,7 +86,11 @@ def weights_of(run, name="model"):
 
 
 def losses_of(run):
-    return [json.loads(line)["denoise"] for line in (run / "log.jsonl").read_text().splitlines() if "denoise" in json.loads(line)]
+    return [
+        json.loads(line)["denoise"]
+        for line in (run / "log.jsonl").read_text().splitlines()
+        if "denoise" in json.loads(line)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +134,12 @@ def test_teacher_sees_the_same_noisy_latents_step_text_and_reference_but_its_own
     assert batch["pose"].shape == batch["teacher_pose"].shape == (8, 6, 17, 6, 4)
     assert torch.equal(batch["pose"][:, :, 16], batch["teacher_pose"][:, :, 16])
     kept = batch["pose"].flatten(1).any(1)
-    assert kept.any() and not torch.equal(batch["pose"][kept][:, 1:, :16], batch["teacher_pose"][kept][:, 1:, :16])
-    assert torch.equal(batch["pose"][:, 0], batch["teacher_pose"][:, 0]), "slot 0 is the reference's own for both"
+    assert kept.any() and not torch.equal(
+        batch["pose"][kept][:, 1:, :16], batch["teacher_pose"][kept][:, 1:, :16]
+    )
+    assert torch.equal(batch["pose"][:, 0], batch["teacher_pose"][:, 0]), (
+        "slot 0 is the reference's own for both"
+    )
 
 
 # ---- resume, ranks -------------------------------------------------------------------------------------------------------
@@ -117,13 +155,30 @@ def test_resume_after_a_stop_equals_one_straight_run_bit_for_bit(folder, teacher
     for name in ("model", "ema"):
         a, b = weights_of(straight, name), weights_of(resumed, name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (torch.load(train.checkpoints(r)[-1] / "optimizer.pt", weights_only=True)["optimizer"]["state"] for r in (straight, resumed))
+    a, b = (
+        torch.load(train.checkpoints(r)[-1] / "optimizer.pt", weights_only=True)["optimizer"]["state"]
+        for r in (straight, resumed)
+    )
     assert all(torch.equal(a[k][s], b[k][s]) for k in a for s in ("exp_avg", "exp_avg_sq", "step"))
 
 
 def torchrun(ranks, args):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(29500 + os.getpid() % 1000)]
-    done = subprocess.run([*command, "train.py", *args], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        str(29500 + os.getpid() % 1000),
+    ]
+    done = subprocess.run(
+        [*command, "train.py", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -171,4 +226,6 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "dim" in mistake(folder, tmp_path / "r", "--teacher", other, stage="2")
     run_training(folder, tmp_path / "s2", "--teacher", teacher, "--steps", 1, stage="2")
     assert "stage-1" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "s2", stage="2")
-    assert "finite" in mistake(folder, tmp_path / "r", "--lr", 1e30, "--steps", 8, "--clip", 1e30, "--warmup", 0)
+    assert "finite" in mistake(
+        folder, tmp_path / "r", "--lr", 1e30, "--steps", 8, "--clip", 1e30, "--warmup", 0
+    )
