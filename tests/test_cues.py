@@ -126,10 +126,11 @@ def test_low_pass_does_not_wrap_around():
 
 
 def test_low_pass_takes_numpy_or_torch_any_batch_and_clips_nothing():
-    batch = torch.rand(2, 3, 20, 34)
+    batch, threads = torch.rand(2, 3, 20, 34), torch.get_num_threads()
     assert torch.equal(low_pass(batch, 0.2)[1, 2], low_pass(batch[1, 2].clone(), 0.2))
     assert np.array_equal(low_pass(batch.numpy(), 0.2), low_pass(batch, 0.2).numpy())
     assert low_pass(batch.numpy(), 0.2).dtype == np.float32
+    assert torch.get_num_threads() == threads                          # lent for a frame, given back
     assert low_pass(batch.double(), 0.2).dtype == torch.float64
     edge = np.zeros((20, 34))
     edge[:, 17:] = 1
@@ -385,6 +386,20 @@ def test_a_small_person_is_looked_at_twice():
     net, frames = net_that_sees([picture] * 2)
     list(Finder(net)(frames))
     assert net.calls == [(200, 300), (50, 24)] * 2
+
+
+def test_an_onnx_network_runs_at_its_own_size(tmp_path):
+    """Any person-mask net may be plugged in; this one answers with the mean of red, green and blue."""
+    onnx = pytest.importorskip("onnx")
+    node = onnx.helper.make_node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=1)
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [1, channels, 24, 40])
+            for name, channels in (("x", 3), ("y", 1)))
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "mean", [x], [y]),
+                                   opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, tmp_path / "mean.onnx")
+    frame = paint_mask(figure(30, (96, 160), 16, 64, 40)[0])
+    (person,) = PersonNet(tmp_path / "mean.onnx")(frame)
+    assert (person.mask == (frame[..., 0] > 127)).mean() > 0.99
 
 
 # ---- segment-anything ----
