@@ -118,7 +118,7 @@ def test_the_picture_follows_the_cues_and_the_reference(example, tmp_path):
     write_image(tmp_path / "ref2.png", toy.render(8, 4, frames=1, size=(96, 64)).video[0])
     run(example, "-o", tmp_path / "c.mp4", reference=tmp_path / "ref2.png")
     a, b, c = (np.stack(list(Video(tmp_path / f"{n}.mp4"))).astype(int) for n in "abc")
-    assert abs(a - c).max() > 8
+    assert abs(a - b).max() > 8 and abs(a - c).max() > 8
     assert a.shape == b.shape == c.shape
 
 
