@@ -387,7 +387,7 @@ class Clips:
                 if args.ref_slot == "copy":
                     slots[0] = slots[1]
                 pair.append(torch.cat([slots, mask], dim=1) * (not drop_cues))
-            pair[1] *= not (drop_face or args.face == "none" or drop_reference and drop_cues)
+            pair[1] *= not (drop_face or args.face == "none")
             return pair
 
         variants = file.get_slice("pose").get_shape()[0]

@@ -159,7 +159,7 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 from data import Clips, Pictures, prefetched  # noqa: E402
 from diffusion import Schedule  # noqa: E402
 from load_cogvideox import load_transformer, load_weights, pick_device, save_weights  # noqa: E402
-from model import DIT_PRESETS, DiT  # noqa: E402
+from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 
 
@@ -249,12 +249,16 @@ def load_backbone(path: Path, config) -> DiT:
     return model
 
 
+def dit_config(args) -> DiTConfig:
+    return replace(DIT_PRESETS[args.preset], cue_injection=args.cue_injection)
+
+
 def build(args) -> nn.Module:
     """The network to train, on the CPU in float32."""
     torch.manual_seed(args.seed)
     if args.stage == "vae":
         return CausalVAE(VAE_PRESETS[args.preset])
-    config = replace(DIT_PRESETS[args.preset], cue_injection=args.cue_injection)
+    config = dit_config(args)
     if args.stage == "0":
         return DiT(replace(config, cue_channels=0))
     if args.stage == "2" and args.init == "teacher":
@@ -271,7 +275,7 @@ def build(args) -> nn.Module:
 def load_teacher(args, dtype, device) -> DiT:
     """The frozen stage-1 model: the embeddings and the first `align_depth` blocks, all it will ever run."""
     path = newest_weights(args.teacher)
-    config = replace(DIT_PRESETS[args.preset], cue_injection=args.cue_injection)
+    config = dit_config(args)
     teacher, header = load_weights(path, dtype, config)
     if header.get("stage") != "1":
         raise ValueError(
