@@ -16,8 +16,10 @@ Frozen networks run once: a data folder caches, for every clip, all that they sa
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +37,7 @@ from tqdm import tqdm
 import cues
 import toy
 from align import misalignment
-from load_cogvideox import load_weights, pick_device
+from load_cogvideox import load_weights, pick_device, read_header
 from vae import CausalVAE, chunks
 from video import write_image, write_video
 
@@ -225,13 +227,16 @@ def toy_clip(number: int, frames: int = TOY_FRAMES) -> tuple[toy.Clip, toy.Clip]
     return own, other
 
 
-def cache_toy_clip(vae: CausalVAE, number: int, folder: Path, variants: int, refs: int) -> None:
-    path = folder / "cache" / f"{number:06d}.safetensors"
-    if path.exists():
-        return
+def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
     own, other = toy_clip(number)
     pseudo = [(other.video, toy_finder(other))]
-    tensors = encode_clip(vae, own.video, toy_finder(own), pseudo, toy_text(), (number,), variants, refs)
+    text = toy_text()
+    tensors = encode_clip(vae, own.video, toy_finder(own), pseudo, text, (number,), args.variants, args.refs)
+    save_cache(tensors, args.output / "cache" / f"{number:06d}.safetensors")
+
+
+def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
+    """Under a temporary name, then renamed: what has a clip's name is whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, part)
     os.replace(part, path)
@@ -240,30 +245,39 @@ def cache_toy_clip(vae: CausalVAE, number: int, folder: Path, variants: int, ref
 HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
 
 
+def draw_share(args, numbers: list[int], done) -> None:
+    """What one worker of `make_toy` does: its own copy of the VAE, one thread, a clip after another."""
+    torch.set_num_threads(1)
+    dtype = pick_device("cpu")[1]
+    vae = load_weights(args.vae, dtype)[0].eval()
+    for number in numbers:
+        cache_toy_clip(vae, number, args)
+        done.put(number)
+
+
 def make_toy(args) -> None:
     """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
-    vae, _ = load_weights(
-        args.vae, torch.bfloat16 if pick_device("cpu")[1] == torch.bfloat16 else torch.float32
-    )
-    vae.eval()
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
+    read_header(args.vae)  # its mistakes once, not once a worker
     numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
-    for number in tqdm(numbers, desc="toy clips", unit="clip"):
-        cache_toy_clip(vae, number, args.output, args.variants, args.refs)
-    lines = [
-        {
-            "id": f"{n:06d}",
-            "split": "test" if n >= HELD_OUT else "train",
-            "frames": TOY_FRAMES,
-            "fps": toy.FPS,
-            "height": TOY_SIZE,
-            "width": TOY_SIZE,
-            "pseudo": 1,
-        }
-        for n in numbers
-    ]
+    missing = [n for n in numbers if not (args.output / "cache" / f"{n:06d}.safetensors").exists()]
+    context = multiprocessing.get_context("spawn")
+    done = context.SimpleQueue()
+    shares = [missing[i :: args.workers] for i in range(min(args.workers, len(missing)))]
+    workers = [context.Process(target=draw_share, args=(args, share, done), daemon=True) for share in shares]
+    for worker in workers:
+        worker.start()
+    for _ in tqdm(missing, desc="toy clips", unit="clip"):
+        while done.empty():
+            if any(worker.exitcode for worker in workers):
+                raise OSError(f"{args.output}: a worker failed; what is finished stays, run the command again")
+            time.sleep(0.05)
+        done.get()
+    line = {"frames": TOY_FRAMES, "fps": toy.FPS, "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": 1}
+    split = lambda n: "test" if n >= HELD_OUT else "train"  # noqa: E731
+    lines = [json.dumps({"id": f"{n:06d}", "split": split(n)} | line) for n in numbers]
     part = args.output / ".clips.jsonl"
-    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.write_text("".join(line + "\n" for line in lines))
     part.replace(args.output / "clips.jsonl")
 
 
@@ -412,7 +426,7 @@ class Clips:
 
 
 class Pictures:
-    """What the drawn world's VAE learns from: 9-frame pieces of drawn clips (half of them), pose cues and face cues."""
+    """What the drawn world's VAE learns from: pieces of drawn clips (half of them), of pose cues and of face cues."""
 
     def __init__(self, args, clips: int = 300):
         self.args, self.pool = args, []
@@ -431,17 +445,17 @@ class Pictures:
         return len(self.pool)
 
     def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
+        """Samples of one length: 9 frames, in one step of four 17 (two chunks, the second with a past)."""
+        frames = int(keyed(self.args.seed, step).choice([9, 17], p=[0.75, 0.25]))
+        latent = ((frames - 1) // 4 + 1, 16, TOY_SIZE // 8, TOY_SIZE // 8)
         videos, noises = [], []
         for i in indices:
             generator = keyed(self.args.seed, step, i)
-            video = self.pool[generator.integers(len(self.pool))][i % 4]
-            frames = int(generator.choice([1, 9], p=[0.1, 0.9])) if len(indices) == 1 else 9
+            video = self.pool[generator.integers(len(self.pool))][generator.integers(4)]
             start = generator.integers(len(video) - frames + 1)
-            flipped = video[start : start + frames, :, :: int(generator.choice([-1, 1]))]
-            videos.append(to_tensor(np.ascontiguousarray(flipped)))
-            noises.append(
-                torch.from_numpy(generator.standard_normal((3, 16, TOY_SIZE // 8, TOY_SIZE // 8), np.float32))
-            )
+            flip = int(generator.choice([-1, 1]))
+            videos.append(to_tensor(np.ascontiguousarray(video[start : start + frames, :, ::flip])))
+            noises.append(torch.from_numpy(generator.standard_normal(latent, np.float32)))
         return {"video": torch.stack(videos), "noise": torch.stack(noises)}
 
 
@@ -455,7 +469,7 @@ def prefetched(items: Iterable) -> Iterator:
             yield item
 
 
-def main():
+def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -466,7 +480,7 @@ def main():
     ).add_argument
     add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
-    add("--clips", type=int, default=600, help="training clips")
+    add("--clips", type=int, default=800, help="training clips")
     add(
         "--held-out",
         type=int,
@@ -475,9 +489,14 @@ def main():
     )
     add("--variants", type=int, default=2, help="cue variants a clip, the first without augmentation")
     add("--refs", type=int, default=4, help="reference frames a clip, each with pixel noise of its own")
+    add("--workers", type=int, default=os.cpu_count(), help="processes that draw and encode")
     add = commands.add_parser("example", help="draw the example that README uses").add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")
-    args = parser.parse_args()
+    return parser, parser.parse_args(argv)
+
+
+def main():
+    parser, args = parse_args()
     try:
         {"toy": make_toy, "example": make_example}[args.command](args)
     except (ValueError, OSError) as error:

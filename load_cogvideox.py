@@ -11,8 +11,9 @@ import argparse
 import difflib
 import json
 import os
+import pickle
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -410,8 +411,17 @@ def read_header(path: str | Path) -> dict:
     return header
 
 
-def load_weights(path: str | Path, dtype: torch.dtype | None = None, config=None) -> tuple[nn.Module, dict]:
-    """(network, header) from one of our own files. With `config`, every field must agree with the file's."""
+def load_weights(
+    path: str | Path, dtype: torch.dtype | None = None, config=None, depth: int | None = None
+) -> tuple[nn.Module, dict]:
+    """(network, header) from one of our own files. With `config`, every field must agree with the file's.
+
+    depth: build a DiT of only the first `depth` blocks; the tensors of the others are never read. A .pt file, a plain
+    state dict, needs `config` and has an empty header. Raises FileNotFoundError or ValueError: see `compare`.
+    """
+    path = Path(path)
+    if path.suffix in (".pt", ".pth"):
+        return load_state_dict(path, dtype, config, depth), {}
     header = read_header(path)
     kinds = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
     network_class, config_class = kinds[header["network"]]
@@ -422,17 +432,38 @@ def load_weights(path: str | Path, dtype: torch.dtype | None = None, config=None
         if getattr(stored, name) != value:
             raise ValueError(f"{path}: {name} is {getattr(stored, name)}, but {value} is needed")
     with torch.device("meta"):
-        network = network_class(stored)
-    with open_weights(Path(path)) as file:
-        source = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    compare(
-        str(path),
-        source,
-        {n: tuple(p.shape) for n, p in network.named_parameters()},
-        {name: name for name in source},
-    )
-    fill(network, [(Path(path), name, name) for name in source], dtype)
+        network = network_class(replace(stored, depth=depth) if depth else stored)
+    with open_weights(path) as file:
+        source = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys() if not beyond(n, depth)}
+    compare(str(path), source, shapes(network), {name: name for name in source})
+    fill(network, [(path, name, name) for name in source], dtype)
     return (network.channels_last() if isinstance(network, CausalVAE) else network), header
+
+
+def load_state_dict(path: Path, dtype: torch.dtype | None, config: DiTConfig, depth: int | None) -> DiT:
+    """A DiT of `config` from a .pt file: our names to tensors, alone or under "model"; loaded as weights only."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file of weights only ({str(error).splitlines()[0]})") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    state = {name: value for name, value in state.items() if not beyond(name, depth)}
+    with torch.device("meta"):
+        network = DiT(replace(config, depth=depth) if depth else config)
+    source = {name: tuple(getattr(value, "shape", ())) for name, value in state.items()}
+    compare(str(path), source, shapes(network), {name: name for name in source})
+    network.load_state_dict({n: t.to(dtype or t.dtype) for n, t in state.items()}, assign=True)
+    return network
+
+
+def beyond(name: str, depth: int | None) -> bool:
+    """Whether a tensor belongs to a block after the first `depth`."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return bool(depth and block and int(block[1]) >= depth)
+
+
+def shapes(network: nn.Module) -> dict[str, tuple]:
+    return {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
 # ---- python load_cogvideox.py DIR ----------------------------------------------------------------------------------------

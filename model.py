@@ -51,7 +51,7 @@ class DiTConfig:
 
 DIT_PRESETS = {
     "cogvideox1.5-5b": DiTConfig(3072, 42, 48, 32, 16, 4096, 512, True, 17, "cuefusion"),
-    "toy": DiTConfig(320, 6, 5, 32, 16, 64, 128, True, 17, "cuefusion"),
+    "toy": DiTConfig(256, 4, 4, 32, 16, 64, 48, True, 17, "cuefusion"),
     "tiny": DiTConfig(64, 2, 2, 32, 16, 32, 48, True, 17, "cuefusion"),
 }
 

@@ -1,16 +1,19 @@
 """Train DirectAnimator: both stages of Same2X in one loop (paper Sec. 3.2, Fig. 4, Eq. 4), and what must come before them.
 
     torchrun --nproc_per_node 4 train.py --stage 1 --data DATA --backbone DIR
-    torchrun --nproc_per_node 4 train.py --stage 2 --data DATA --teacher RUN
-    python train.py --stage 1 --preset toy                                         # the same on a laptop, in a drawn world
+    torchrun --nproc_per_node 4 train.py --stage 2 --data DATA --backbone DIR --teacher RUN
+    python train.py --stage 1 --preset toy                                     # the same on a laptop, in a drawn world
+    python train.py --stage 2 --preset toy --teacher runs/toy-stage1
+    python train.py --export RUN -o model.safetensors                          # the newest weights of a run, in bfloat16
 
     stage vae   the drawn world's VAE (CogVideoX brings its own)
     stage 0     its backbone, image-to-video without cues (CogVideoX brings its own)
     stage 1     same identity: the clip's own cues                 loss = v-MSE
-    stage 2     cross identity: another person's cues for the same motion, beside a frozen stage-1 model with the clip's own
-                                                                   loss = v-MSE + lambda * S2X
+    stage 2     cross identity: another person's cues for the same motion, beside a frozen stage-1 model with the
+                clip's own                                         loss = v-MSE + lambda * S2X
 
-Every random draw is keyed by (seed, step, index in the global batch), so any step can be recomputed alone, on any number of ranks.
+Every random draw is keyed by (seed, step, index in the global batch), so any step can be recomputed alone, on any number
+of ranks.
 """
 
 import argparse
@@ -20,185 +23,159 @@ import os
 import shutil
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 STAGES = ("vae", "0", "1", "2")
-VAE_OF = {
-    "cogvideox1.5-5b": "cogvideox1.5",
-    "tiny": "toy",
-}  # whose latents a preset is trained on, where the names differ
+ASSETS = Path(__file__).parent / "assets"
+TOY_DATA = Path("runs/toy-data")
+# fmt: off
 DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
-    "cogvideox1.5-5b": dict(
-        steps=(0, 0, 10_000, 30_000), lr=2e-5, batch=1, align_depth=10, ema=0.0, checkpointing=True, window=13
-    ),
-    "toy": dict(
-        steps=(8000, 20_000, 3000, 3000),
-        lr=5e-4,
-        batch=16,
-        align_depth=1,
-        ema=0.999,
-        checkpointing=False,
-        window=5,
-    ),
-    "tiny": dict(
-        steps=(10, 10, 10, 10), lr=1e-3, batch=2, align_depth=1, ema=0.9, checkpointing=False, window=5
-    ),
+    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), lr=2e-5, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
+                            checkpointing=True, window=13, vae_preset="cogvideox1.5"),
+    "toy": dict(steps=(4500, 20_000, 2500, 2000), lr=5e-4, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
+                checkpointing=False, window=5, vae_preset="toy"),
+    "tiny": dict(steps=(10, 10, 10, 10), lr=1e-3, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
+                 checkpointing=False, window=5, vae_preset="tiny"),
 }
 
 
 def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument(
-        "--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults"
-    )
+    first.add_argument("--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults")
     first.add_argument("--stage", choices=STAGES, default="1", help="see above")
     known, _ = first.parse_known_args(argv)
     default = DEFAULTS[known.preset]
-    steps = default["steps"][STAGES.index(known.stage)]
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
-        parents=[first],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     add = parser.add_argument
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
-    add("--data", type=Path, default=Path("runs/toy-data"), help="data folder made by data.py")
-    add(
-        "--window",
-        type=int,
-        default=default["window"],
-        help="latents of a clip seen at once, odd: 13 are 49 frames",
-    )
-    add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 weights file or run")
-    add("--teacher", type=Path, help="stage 2: a stage-1 run folder or weights file")
-    add(
-        "--init",
-        choices=["teacher", "backbone"],
-        default="teacher",
-        help="stage 2: what the student starts from",
-    )
+    add("--data", type=Path, default=TOY_DATA, help="data folder made by data.py; the toy's is drawn when missing")
+    add("--window", type=int, default=default["window"], help="latents of a clip seen at once, odd: 13 are 49 frames")
+    add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 weights file or run (toy: assets)")
+    add("--teacher", type=Path, help="stage 2: a stage-1 run folder, .safetensors or .pt file")
+    add("--init", choices=["teacher", "backbone"], default="teacher", help="stage 2: what the student starts from")
+    add("--vae", type=Path, help="VAE that decodes the sample strips (default: the backbone's; toy: assets)")
     add("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     add("--dry-run", action="store_true", help="print what would be trained, and stop")
-    add("--steps", type=int, default=steps, help="optimiser steps")
+    add("--export", type=Path, metavar="RUN", help="write the newest weights of a run to -o FILE, and stop")
+    add("--steps", type=int, default=default["steps"][STAGES.index(known.stage)], help="optimiser steps")
     add("--batch", type=int, default=default["batch"], help="samples per rank and forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimiser step")
-    add("--lr", type=float, default=default["lr"], help="learning rate after the warm-up")
+    add("--lr", type=float, default=default["lr"], help="learning rate between warm-up and cool-down")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
+    add("--cooldown", type=float, default=default["cooldown"], help="last part of the steps, rate falling to 0")
     add("--weight-decay", type=float, default=1e-4, help="AdamW's; none on biases and norms")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema", type=float, default=default["ema"], help="decay of the weights' moving average; 0: none")
-    add(
-        "--lambda",
-        dest="s2x_weight",
-        type=float,
-        default=0.5,
-        help="weight of the Same2X loss (Table 4); 0: row S8",
-    )
-    add(
-        "--align-depth",
-        type=int,
-        default=default["align_depth"],
-        help="block whose tokens Same2X aligns, counted from 1 (Table 4: D)",
-    )
+    add("--lambda", dest="s2x_weight", type=float, default=0.5, help="weight of the Same2X loss (Table 4); 0: row S8")
+    add("--align-depth", type=int, default=default["align_depth"],
+        help="block whose tokens Same2X aligns, counted from 1 (Table 4: D)")
     add("--cue-injection", choices=["cuefusion", "concat", "cross"], default="cuefusion", help="Table 5")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="Location Cue (Table 3: S7, S6)")
     add("--face", choices=["centered", "none"], default="centered", help="Face Cue (Table 3: S1)")
-    add(
-        "--ref-slot",
-        choices=["reference", "copy"],
-        default="reference",
-        help="what slot 0 holds; copy: CogVideoX's own padding",
-    )
-    add(
-        "--checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=default["checkpointing"],
-        help="recompute blocks in the backward pass",
-    )
-    add(
-        "--dtype",
-        choices=["bfloat16", "float32", "float64"],
-        help="of the computation; weights stay float32 (default: bfloat16 where fast)",
-    )
+    add("--ref-slot", choices=["reference", "copy"], default="reference",
+        help="what slot 0 holds; copy: CogVideoX's own padding")
+    add("--shard", choices=["none", "optimizer", "full"], default="none",
+        help="none: DDP; optimizer, full: FSDP2, gathering weights once a step or for each block anew")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=default["checkpointing"],
+        help="recompute blocks in the backward pass")
+    add("--dtype", choices=["bfloat16", "float32", "float64"],
+        help="of the computation; weights stay float32 (default: bfloat16 where fast)")
     add("--device", help="default: cuda if present, else cpu")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--log-every", type=int, default=20, help="steps between log lines")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints to keep, the newest; 0: all")
-    add(
-        "--eval-every",
-        type=int,
-        default=500,
-        help="steps between held-out losses, loss plots and sample strips; 0: never",
-    )
+    add("--eval-every", type=int, default=500, help="steps between held-out losses, plots and sample strips; 0: never")
     args = parser.parse_args(argv)
+    if args.export:
+        args.output = args.output or args.export / "model.safetensors"
+        return parser, args
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
     if (args.stage == "2") != (args.teacher is not None):
-        parser.error(
-            "--stage 2 needs --teacher RUN, a stage-1 run folder or weights file; the other stages take none"
-        )
+        parser.error("--stage 2 needs --teacher, a stage-1 run folder or weights file; the other stages take none")
     if args.init == "backbone" and args.stage != "2":
         parser.error("--init is a choice of stage 2: stage 1 always starts from the backbone")
+    if args.window % 2 == 0:
+        parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, "
+                     f"use {args.window - 1} or {args.window + 1}")
+    if args.preset == "toy":
+        args.backbone = args.backbone or ASSETS / "toy-backbone.safetensors"
+        args.vae = args.vae or ASSETS / "toy-vae.safetensors"
+    elif args.vae is None and args.backbone and (args.backbone / "vae").is_dir():
+        args.vae = args.backbone
     return parser, args
+# fmt: on
 
 
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()  # before torch is imported: --help answers at once
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
-from data import Clips, Pictures, prefetched  # noqa: E402
-from diffusion import Schedule  # noqa: E402
-from load_cogvideox import load_transformer, load_weights, pick_device, save_weights  # noqa: E402
+import data  # noqa: E402
+from diffusion import Schedule, ddim  # noqa: E402
+from load_cogvideox import load_transformer, load_vae, load_weights, pick_device, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
+from video import write_image  # noqa: E402
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what a checkpoint of a single process says
 
 
-# ---- objectives: a batch in, named losses out -------------------------------------------------------------------------------
+# ---- objectives: a batch in, named losses out -------------------------------------------------------------------------
 
 
 def same2x(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 4 without its expectation: minus the cosine of matching tokens, mean over tokens. (B, N, D) twice -> (B,), float32."""
+    """Eq. 4 without its expectation: minus the cosine of matching tokens, mean over tokens. (B, N, D) twice -> (B,)."""
     wide = torch.promote_types(student.dtype, torch.float32)
     return -F.cosine_similarity(student.to(wide), teacher.to(wide), dim=-1).mean(dim=1)
 
 
 class Denoising(nn.Module):
-    """v-MSE, Eq. 8 in v-prediction, over all latents (slot 0 too); with a teacher's features also Eq. 4. Losses are (B,)."""
+    """v-MSE, Eq. 8 in v-prediction, over all latents (slot 0 too); with a teacher also Eq. 4. Losses are (B,).
 
-    def __init__(self, model: DiT, align_depth: int):
+    The teacher sees what the student sees, the same noisy latents, step, text and reference, but the clip's own cues.
+    """
+
+    def __init__(self, model: DiT, align_depth: int, teacher: DiT | None = None):
         super().__init__()
         self.model = model
+        self.frozen = [teacher]  # in a list: no submodule, so neither DDP nor a checkpoint sees it
         self.align_depth = align_depth
         self.schedule = Schedule()
 
-    def noisy(self, batch: dict) -> Tensor:
-        """x_t beside the image condition, (B, f, 32, h, w): what student and teacher both see."""
-        latents = self.schedule.add_noise(batch["latents"], batch["noise"], batch["step"])
-        return torch.cat([latents, batch["condition"]], dim=2)
-
     def forward(self, batch: dict) -> dict[str, Tensor]:
-        target = self.schedule.velocity(batch["latents"], batch["noise"], batch["step"])
-        v, features = self.model(
-            self.noisy(batch),
-            batch["step"],
-            batch["text"],
-            batch.get("pose"),
-            batch.get("face"),
-            tap=self.align_depth,
-        )
+        latents, noise, step, text = (batch[name] for name in ("latents", "noise", "step", "text"))
+        x = torch.cat([self.schedule.add_noise(latents, noise, step), batch["condition"]], dim=2)
+        target = self.schedule.velocity(latents, noise, step)
+        v, features = self.model(x, step, text, batch.get("pose"), batch.get("face"), tap=self.align_depth)
         losses = {"denoise": F.mse_loss(v.to(target.dtype), target, reduction="none").flatten(1).mean(1)}
-        if "teacher_features" in batch:
-            losses["s2x"] = same2x(features, batch["teacher_features"])
+        teacher = self.frozen[0]
+        if teacher is not None and self.training:
+            with torch.no_grad():
+                pose, face = batch["teacher_pose"], batch["teacher_face"]
+                same = teacher.features(x, step, text, pose, face, self.align_depth)
+            losses["s2x"] = same2x(features, same)
         return losses
 
 
@@ -219,10 +196,15 @@ class Coding(nn.Module):
         return {"pixels": error.abs().flatten(1).mean(1), "edges": edges, "kl": kl.flatten(1).mean(1)}
 
 
-# ---- networks ---------------------------------------------------------------------------------------------------------------
+def total_loss(losses: dict[str, Tensor], args) -> Tensor:
+    weights = {"denoise": 1.0, "s2x": args.s2x_weight, "pixels": 1.0, "edges": 0.5, "kl": 1e-5}
+    return sum(weights[name] * value.mean() for name, value in losses.items())
 
 
-def newest_weights(path: Path, ema: bool = True) -> Path:
+# ---- networks -----------------------------------------------------------------------------------------------------------
+
+
+def newest_weights(path: Path) -> Path:
     """A weights file as it is; a run folder's newest checkpoint, its moving average first."""
     if path.is_file():
         return path
@@ -230,59 +212,87 @@ def newest_weights(path: Path, ema: bool = True) -> Path:
     if not steps:
         raise FileNotFoundError(f"{path}: neither a weights file nor a run folder with a checkpoint in it")
     averaged = steps[-1] / "ema.safetensors"
-    return averaged if ema and averaged.is_file() else steps[-1] / "model.safetensors"
-
-
-def load_backbone(path: Path, config) -> DiT:
-    """A model of `config` with fresh cue layers around a backbone: a CogVideoX folder, or our own stage-0 weights."""
-    if (path / "transformer").is_dir():
-        return load_transformer(path, torch.float32)
-    backbone, header = load_weights(newest_weights(path))
-    if (
-        replace(backbone.config, cue_channels=config.cue_channels, cue_injection=config.cue_injection)
-        != config
-    ):
-        raise ValueError(f"{path}: its sizes {backbone.config} are not those of the preset, {config}")
-    model = DiT(config)
-    model.load_state_dict(backbone.state_dict(), strict=False)
-    model.init_cues()  # again: they copy from the backbone
-    return model
+    return averaged if averaged.is_file() else steps[-1] / "model.safetensors"
 
 
 def dit_config(args) -> DiTConfig:
     return replace(DIT_PRESETS[args.preset], cue_injection=args.cue_injection)
 
 
+def load_backbone(path: Path, config: DiTConfig) -> DiT:
+    """A model of `config` with fresh cue layers around a backbone: a CogVideoX folder, or our own stage-0 weights."""
+    if (path / "transformer").is_dir():
+        return load_transformer(path)
+    plain = replace(config, cue_channels=0, cue_injection="cuefusion")
+    backbone, _ = load_weights(newest_weights(path), torch.float32, plain)
+    model = DiT(config)
+    model.load_state_dict(backbone.state_dict(), strict=False)
+    model.init_cues()  # again: they copy from the backbone
+    return model
+
+
 def build(args) -> nn.Module:
-    """The network to train, on the CPU in float32."""
+    """The network to train, on the CPU; what comes from a file keeps the file's dtype and stays memory-mapped."""
     torch.manual_seed(args.seed)
     if args.stage == "vae":
         return CausalVAE(VAE_PRESETS[args.preset])
     config = dit_config(args)
     if args.stage == "0":
-        return DiT(replace(config, cue_channels=0))
+        return DiT(replace(config, cue_channels=0, cue_injection="cuefusion"))
     if args.stage == "2" and args.init == "teacher":
-        return load_weights(newest_weights(args.teacher), torch.float32, config)[0]
+        return load_weights(newest_weights(args.teacher), config=config)[0]
     if args.backbone:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":
         return DiT(config)  # small enough to start from nothing
-    raise ValueError(
-        f"--stage {args.stage} starts from a backbone: give --backbone (a CogVideoX1.5-5B-I2V folder, or a stage-0 run)"
-    )
+    raise ValueError(f"--stage {args.stage} starts from a backbone: give --backbone, a CogVideoX1.5-5B-I2V folder")
 
 
-def load_teacher(args, dtype, device) -> DiT:
-    """The frozen stage-1 model: the embeddings and the first `align_depth` blocks, all it will ever run."""
+def load_teacher(args, dtype, device) -> DiT | None:
+    """The frozen stage-1 model of stage 2: the embeddings and the first `align_depth` blocks, all it will ever run."""
+    if args.stage != "2" or not args.s2x_weight:
+        return None
     path = newest_weights(args.teacher)
-    config = dit_config(args)
-    teacher, header = load_weights(path, dtype, config)
-    if header.get("stage") != "1":
-        raise ValueError(
-            f"{path}: --teacher must be a stage-1 model, this one is stage {header.get('stage')}"
-        )
-    teacher.blocks = teacher.blocks[: args.align_depth]
+    teacher, header = load_weights(path, dtype, dit_config(args), depth=args.align_depth)
+    if header.get("stage", "1") != "1":
+        raise ValueError(f"{path}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
     return teacher.to(device).requires_grad_(False).eval()
+
+
+def shard(source: nn.Module, args, ranks: "Ranks", compute, master) -> nn.Module:
+    """FSDP2: each rank keeps its slice of every parameter (and gradient, moments, average) in float32.
+
+    A block's weights are gathered in the compute dtype when it runs; `full` drops them again after the forward pass and
+    gathers them anew in the backward pass. The source stays memory-mapped: a rank copies only its own slices.
+    """
+    with torch.device("meta"):
+        model = DiT(source.config).to(master)
+    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=args.shard == "full")
+    model.to_empty(device=ranks.device)
+    copy_parameters(model, dict(source.named_parameters()))
+    return model
+
+
+@torch.no_grad()
+def copy_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Fill a model, sharded or not, from whole tensors."""
+    for name, p in model.named_parameters():
+        value = values[name].detach().to(p.device, p.dtype)
+        if isinstance(p, DTensor):
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(value)
+
+
+def whole(state: dict[str, Tensor], ranks: "Ranks") -> dict[str, Tensor]:
+    """Sharded tensors gathered one after another, kept by rank 0 only, on the CPU; every rank has to call this."""
+    gathered = {}
+    for name, value in state.items():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if ranks.rank == 0:
+            gathered[name] = value.detach().cpu()
+    return gathered
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -292,7 +302,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-# ---- run folder -------------------------------------------------------------------------------------------------------------
+def learning_rate(step: int, args) -> float:
+    """Up linearly over the warm-up, level, down linearly over the cool-down; the first and the last step move too."""
+    up = (step + 1) / max(args.warmup, 1)
+    down = (args.steps - step) / max(args.cooldown * args.steps, 1)
+    return args.lr * min(up, 1.0, down)
+
+
+# ---- run folder ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -300,73 +317,92 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("step-*[0-9]"))
 
 
-def save_checkpoint(run: Path, step: int, args, model, ema, optimizer) -> None:
-    """step-0001200/ with weights, their average and the optimizer: written under a temporary name, then renamed."""
+def save_checkpoint(args, ranks: "Ranks", step: int, model, ema, optimizer) -> None:
+    """step-0001200/: model.safetensors, ema.safetensors, and the optimizer in slices, one file a rank.
+
+    Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only.
+    """
+    run = args.output
     final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
     header = {"preset": args.preset, "stage": args.stage, "step": step}
-    try:
+    failure = None
+    if ranks.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_weights(part / "model.safetensors", model, **header)
-        if ema:
-            save_weights(part / "ema.safetensors", model, state=ema, **header)
-        torch.save({"optimizer": optimizer.state_dict(), "step": step}, part / "optimizer.pt")
+    ranks.wait()
+    try:
+        for name, state in {"model": dict(model.named_parameters()), "ema": ema}.items():
+            if state := whole(state or {}, ranks):
+                save_weights(part / f"{name}.safetensors", model, state=state, **header)
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.save(state, checkpoint_id=part / "optimizer", no_dist=ranks.count == 1)
+    except (OSError, CheckpointException) as error:
+        failure = error
+    if ranks.any(failure is not None):
+        if ranks.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(save_error(run, model, ema, failure)) from None
+    if ranks.rank == 0:
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            need = sum(p.numel() for p in model.parameters()) * 4 * (4 if ema else 3) / 2**20
-            raise OSError(
-                f"{run}: the disk is full, a checkpoint needs {need:,.0f} MiB; the previous one stands"
-            ) from None
-        raise
-    for old in checkpoints(run)[: -args.keep or None]:
-        shutil.rmtree(old)
+        for old in checkpoints(run)[: -args.keep or None]:
+            shutil.rmtree(old)
 
 
-def load_checkpoint(run: Path, model, ema, optimizer) -> int:
-    """Fill everything from the newest checkpoint of a run; returns its step, 0 if there is none."""
-    found = checkpoints(run)
+def save_error(run: Path, model: nn.Module, ema: dict | None, failure: BaseException | None) -> str:
+    numbers = sum(p.numel() for p in model.parameters())
+    need, free = numbers * 4 * (4 if ema else 3), shutil.disk_usage(run).free
+    full = free < need or getattr(failure, "errno", None) == errno.ENOSPC
+    why = "the disk is full" if full else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
+    return f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; the last one stands"
+
+
+def load_checkpoint(args, ranks: "Ranks", model, ema, optimizer) -> int:
+    """Fill everything from the run folder's newest checkpoint; returns its step, 0 if there is none."""
+    found = checkpoints(args.output)
     if not found:
         return 0
-    weights, _ = load_weights(found[-1] / "model.safetensors", config=model.config)
-    model.load_state_dict(weights.state_dict())
+    weights, header = load_weights(found[-1] / "model.safetensors", config=model.config)
+    copy_parameters(model, dict(weights.named_parameters()))
     if ema:
-        weights, _ = load_weights(found[-1] / "ema.safetensors", config=model.config)
-        for name, value in weights.named_parameters():
-            ema[name].copy_(value.data)
-    state = torch.load(found[-1] / "optimizer.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+        averaged, _ = load_weights(found[-1] / "ema.safetensors", config=model.config)
+        with swapped(model, ema):
+            copy_parameters(model, dict(averaged.named_parameters()))
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=found[-1] / "optimizer", no_dist=ranks.count == 1)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return header["step"]
 
 
-# ---- the loop ---------------------------------------------------------------------------------------------------------------
+@contextmanager
+def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
+    """The model with its averaged weights inside the `with`; one tensor at a time, so no second copy."""
+
+    @torch.no_grad()
+    def swap():
+        for name, p in model.named_parameters() if ema else ():
+            trained = p.detach().clone()
+            p.copy_(ema[name])
+            ema[name].copy_(trained)
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
-class Ranks:
-    """Where this process stands among those torchrun started; alone without torchrun."""
+def export(run: Path, output: Path) -> None:
+    """The newest weights of a run, averaged if there is an average, as one bfloat16 file."""
+    if output.suffix != ".safetensors":
+        raise ValueError(f"-o {output}: give a name that ends in .safetensors")
+    network, header = load_weights(newest_weights(run))
+    kept = {name: header[name] for name in ("preset", "stage", "step")}
+    save_weights(output, network, dtype=torch.bfloat16, **kept)
+    print(f"wrote {output}: stage {kept['stage']}, step {kept['step']}, {output.stat().st_size / 1e6:.1f} MB")
 
-    def __init__(self, device: str | None):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.dtype, self.reason = pick_device(device)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.count > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def wrap(self, objective: nn.Module) -> nn.Module:
-        return DistributedDataParallel(objective) if self.count > 1 else objective
-
-    def sum(self, value: Tensor) -> Tensor:
-        if self.count > 1:
-            dist.all_reduce(value)
-        return value
-
-    def print(self, *words):
-        if self.rank == 0:
-            print(*words, flush=True)
+# ---- what is written while it runs -----------------------------------------------------------------------------------------
 
 
 class Meter:
@@ -379,19 +415,15 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor], step: Tensor | None):
         for name, value in losses.items():
-            total = torch.stack(
-                [
-                    value.detach().double().sum(),
-                    torch.tensor(float(len(value)), dtype=torch.float64, device=self.device),
-                ]
-            )
+            value = value.detach().double()
+            total = torch.stack([value.sum(), value.new_tensor(len(value))])
             self.sums[name] = self.sums.get(name, 0) + total
         if step is not None:
             bins = step // 100
             self.bins[0].index_add_(0, bins, losses["denoise"].detach().double())
             self.bins[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
 
-    def read(self, ranks: Ranks) -> dict:
+    def read(self, ranks: "Ranks") -> dict:
         record = {name: (ranks.sum(total)[0] / total[1]).item() for name, total in self.sums.items()}
         total, count = ranks.sum(self.bins).tolist()
         if sum(count):
@@ -401,103 +433,199 @@ class Meter:
 
 
 @torch.no_grad()
-def held_out_loss(
-    args, objective: nn.Module, ema: dict | None, scale: float, device, autocast, wide, batches: int = 4
-) -> float:
-    """Denoising loss on the test split with the averaged weights: the same clips, noise and steps every time, no dropouts."""
-    clips, G = Clips(args.data, args, scale, split="test"), 16
-    model, total = objective.model, 0.0
-    trained = {name: p.data for name, p in model.named_parameters()}
-    for name, p in model.named_parameters() if ema else ():
-        p.data = ema[name]
+def held_out_loss(objective: nn.Module, clips: data.Clips, ranks: "Ranks", autocast, dtype, batches=4, size=16) -> float:
+    """Mean denoising loss of the test split: the same clips, noise and steps every time, no dropouts."""
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    objective.eval()
     for k in range(batches):
-        batch = to_device(clips.batch(k, range(G), G), device, wide)
+        batch = to_device(clips.batch(k, range(ranks.rank, size, ranks.count), size), ranks.device, dtype)
         with autocast:
-            total += (
-                objective({n: v for n, v in batch.items() if not n.startswith("teacher")})["denoise"]
-                .mean()
-                .item()
-                / batches
-            )
-    for name, p in model.named_parameters():
-        p.data = trained[name]
-    return total
+            loss = objective(batch)["denoise"].double()
+        total += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
+    objective.train()
+    total = ranks.sum(total)
+    return (total[0] / total[1]).item()
 
 
-def total_loss(losses: dict[str, Tensor], args) -> Tensor:
-    weights = {"denoise": 1.0, "s2x": args.s2x_weight, "pixels": 1.0, "edges": 0.5, "kl": 1e-5}
-    return sum(weights[name] * value.mean() for name, value in losses.items())
+@torch.no_grad()
+def sample_strip(args, model: DiT, clips: data.Clips, ranks: "Ranks", autocast, dtype, count=4, steps=10) -> np.ndarray:
+    """What the model makes of test clips, (rows, columns, 3) uint8: reference | pose cue, output, truth at three times.
+
+    Sampled by DDIM in 10 steps without guidance: a look, not a measurement.
+    """
+    batch = to_device(clips.batch(0, range(count), count), ranks.device, dtype)
+    pose, face = batch.get("pose"), batch.get("face")
+
+    def velocity(latents: Tensor, step: int) -> Tensor:
+        with autocast:
+            x = torch.cat([latents, batch["condition"]], dim=2)
+            return model(x, torch.tensor([step], device=ranks.device), batch["text"], pose, face)
+
+    output = ddim(velocity, batch["noise"], Schedule(), steps)
+    vae = load_strip_vae(args).to(ranks.device)
+
+    def pictures(latents: Tensor) -> np.ndarray:  # (count, f, 16, h, w) -> first, middle and last frame side by side
+        video = vae.decode(latents[:, :, :16].float() / vae.config.scaling_factor).float()
+        video = video[:, [0, video.shape[1] // 2, -1]].clamp(-1, 1)
+        return ((video + 1) * 127.5).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).cpu().numpy()
+
+    columns = [pictures(z[:, 1:]) for z in (pose, output, batch["latents"]) if z is not None]
+    reference = pictures(batch["latents"][:, :1])[:, :, : columns[0].shape[2] // 3]
+    return np.concatenate([np.concatenate(row) for row in ([reference, *columns])], axis=1)
+
+
+def load_strip_vae(args) -> CausalVAE:
+    return load_vae(args.vae) if args.vae.is_dir() else load_weights(args.vae)[0].eval()
+
+
+def rewind_log(run: Path, start: int) -> None:
+    """Drop the lines after the step that a run goes on from: they will be written again."""
+    path = run / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole_lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
+    path.write_text("".join(line for line in whole_lines if json.loads(line)["step"] <= start))
+
+
+def plot_losses(run: Path) -> None:
+    """loss.png: every loss of log.jsonl over the steps, and the denoising loss by noise level."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    names = [n for n in ("denoise", "held_out", "s2x", "pixels", "edges") if any(n in line for line in lines)]
+    levels = [line["denoise_by_step"] for line in lines if "denoise_by_step" in line]
+    figure, axes = pyplot.subplots(1, len(names) + bool(levels), figsize=(4 * (len(names) + bool(levels)), 3))
+    for axis, name in zip(np.atleast_1d(axes), names):
+        axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]))
+        axis.set(title=name, xlabel="step")
+    if levels:
+        last = np.array(levels[-20:], dtype=float)  # None, a bin that no sample fell into, becomes nan
+        axes[-1].bar(range(50, 1000, 100), np.nanmean(last, axis=0), width=80)
+        axes[-1].set(title="denoise by noise level", xlabel="diffusion step")
+    figure.tight_layout()
+    figure.savefig(run / ".loss.png")
+    pyplot.close(figure)
+    os.replace(run / ".loss.png", run / "loss.png")
+
+
+# ---- the loop -----------------------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """Where this process stands among those that torchrun started; alone without torchrun."""
+
+    def __init__(self, device: str | None):
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.dtype, self.reason = pick_device(device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        if self.count > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def mesh(self):
+        return dist.init_device_mesh(self.device.type, (self.count,))
+
+    def sum(self, value: Tensor) -> Tensor:
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    def wait(self):
+        if self.count > 1:
+            dist.barrier()
+
+    def print(self, *words):
+        if self.rank == 0:
+            print(*words, flush=True)
 
 
 def to_device(batch: dict, device, dtype) -> dict:
-    return {
-        k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True)
-        for k, v in batch.items()
-    }
+    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True) for k, v in batch.items()}
+
+
+def open_data(args, ranks: Ranks):
+    """(training samples, test samples or None). The drawn world is drawn first, if nobody did."""
+    if args.stage == "vae":
+        return data.Pictures(args), None
+    if args.preset == "toy" and args.data == TOY_DATA and not (args.data / "clips.jsonl").exists():
+        ranks.print(f"{args.data}: drawing and encoding the toy clips, once (python data.py toy)")
+        if ranks.rank == 0:
+            data.make_toy(data.parse_args(["toy", "-o", str(args.data)])[1])
+        ranks.wait()
+    scale = VAE_PRESETS[DEFAULTS[args.preset]["vae_preset"]].scaling_factor
+    return data.Clips(args.data, args, scale), data.Clips(args.data, args, scale, split="test")
 
 
 def train(args) -> None:
-    ranks = Ranks(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else ranks.dtype
-    double = dtype == torch.float64
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    wide = torch.float64 if double else torch.float32  # of weights, gradients, noise and losses
-    run = args.output
-    run.mkdir(parents=True, exist_ok=True)
+    ranks, run = Ranks(args.device), args.output
+    compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
+    master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
+    clips, test_clips = open_data(args, ranks)
 
-    model = build(args).to(ranks.device, wide)
-    teacher = None
-    if args.stage == "2" and args.s2x_weight:
-        teacher = load_teacher(args, dtype if double else torch.float32, ranks.device)
-    if args.stage != "vae":
+    model = build(args)
+    if args.shard == "none":
+        model = model.to(ranks.device, master)
+    else:
+        model, autocast = shard(model, args, ranks, compute, master), nullcontext()
+    teacher = load_teacher(args, compute, ranks.device)
+    if args.stage == "vae":
+        objective = Coding(model)
+    else:
+        objective = Denoising(model, args.align_depth, teacher)
         model.checkpointing = args.checkpointing
+    wrapped = DistributedDataParallel(objective) if ranks.count > 1 and args.shard == "none" else objective
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True
-    )
-    start = load_checkpoint(run, model, ema, optimizer) if args.resume else 0
-    objective = Coding(model) if args.stage == "vae" else Denoising(model, args.align_depth)
-    wrapped = ranks.wrap(objective)
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    G = (
-        args.batch * args.accumulate * ranks.count
-    )  # samples a step; this rank's are i = rank, rank + ranks.count, ...
-    scale = VAE_PRESETS[VAE_OF.get(args.preset, args.preset)].scaling_factor
-    data = Pictures(args) if args.stage == "vae" else Clips(args.data, args, scale)
+    G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
     ranks.print(
-        f"stage {args.stage}, preset {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} clips, "
-        f"{G} samples a step on {ranks.count} x {ranks.device.type}, {str(dtype).removeprefix('torch.')} ({ranks.reason})"
+        f"stage {args.stage}, preset {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(clips)} clips, {G} samples a step on {ranks.count} x {ranks.device.type}, "
+        f"{str(compute).removeprefix('torch.')} ({ranks.reason})"
     )
     if args.dry_run:
         return
+    run.mkdir(parents=True, exist_ok=True)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
+    start = load_checkpoint(args, ranks, model, ema, optimizer) if args.resume or restarted else 0
     if ranks.rank == 0:
-        (run / "config.json").write_text(
-            json.dumps({k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}, indent=1)
-        )
-    log = open(run / "log.jsonl", "a") if ranks.rank == 0 else None
-    meter, began = Meter(ranks.device), time.perf_counter()
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        (run / "config.json").write_text(json.dumps(settings, indent=1))
+        rewind_log(run, start)
+
+    def log(record: dict) -> None:
+        if ranks.rank == 0:
+            with open(run / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
 
     def micro_batches():
         for step in range(start, args.steps):
             for k in range(args.accumulate):
                 first = (k * ranks.count + ranks.rank) * args.batch
-                yield step, k, data.batch(step, range(first, first + args.batch), G)
+                yield step, k, clips.batch(step, range(first, first + args.batch), G)
 
-    for step, k, batch in prefetched(micro_batches()):
-        batch = to_device(batch, ranks.device, wide)
+    meter, began, waited = Meter(ranks.device), time.perf_counter(), 0.0
+    batches = data.prefetched(micro_batches())
+    while True:
+        before = time.perf_counter()
+        step, k, batch = next(batches, (None, None, None))
+        if step is None:
+            break
+        waited += time.perf_counter() - before
+        batch = to_device(batch, ranks.device, master)
         last = k == args.accumulate - 1
-        with nullcontext() if last or ranks.count == 1 else wrapped.no_sync():
+        # DDP adds gradients up and sends them once; shards send each time, for nowhere is there room for the whole sum
+        with wrapped.no_sync() if wrapped is not objective and not last else nullcontext():
             with autocast:
-                if teacher is not None:  # same x_t, step, text and reference; its own cues
-                    with torch.no_grad():
-                        batch["teacher_features"] = teacher.features(
-                            objective.noisy(batch),
-                            batch["step"],
-                            batch["text"],
-                            batch["teacher_pose"],
-                            batch["teacher_face"],
-                            args.align_depth,
-                        )
                 losses = wrapped(batch)
             loss = total_loss(losses, args)
             (loss / args.accumulate).backward()
@@ -506,12 +634,12 @@ def train(args) -> None:
             continue
 
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
-            raise ValueError(
-                f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: lower --lr, or --resume"
-            )
+            raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: "
+                             "lower --lr, or --resume")  # fmt: skip
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min((step + 1) / max(args.warmup, 1), 1)
+            group["lr"] = learning_rate(step, args)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -519,34 +647,43 @@ def train(args) -> None:
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            record = {
-                "step": done,
-                **meter.read(ranks),
-                "grad": norm.item(),
-                "lr": optimizer.param_groups[0]["lr"],
-            }
-            rate = (done - start) / (time.perf_counter() - began)
-            if ranks.rank == 0:
-                log.write(json.dumps(record) + "\n"), log.flush()
-                words = [f"{name} {record[name]:.4f}" for name in record if name in losses]
-                left = (args.steps - done) / rate
-                ranks.print(
-                    f"stage {args.stage} | step {done}/{args.steps} | {' | '.join(words)} | grad {record['grad']:.2f} | "
-                    f"{rate:.2f} it/s | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
-                )
-        if args.stage != "vae" and args.eval_every and done % args.eval_every == 0 and ranks.rank == 0:
-            value = held_out_loss(args, objective, ema, scale, ranks.device, autocast, wide)
-            log.write(json.dumps({"step": done, "held_out": value}) + "\n"), log.flush()
-            ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
-        if (done % args.save_every == 0 or done == args.steps) and ranks.rank == 0:
-            save_checkpoint(run, done, args, model, ema, optimizer)
+            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": group["lr"]}
+            elapsed = time.perf_counter() - began
+            rate, waiting = (done - start) / elapsed, waited / elapsed
+            left = (args.steps - done) / rate
+            log(record | {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)})
+            words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
+            ranks.print(
+                f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
+                f"{waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
+            )
+        if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
+            report(args, done, objective, ema, test_clips, ranks, autocast, master, log)
+        if done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args, ranks, done, model, ema, optimizer)
     if ranks.count > 1:
         dist.destroy_process_group()
 
 
+def report(args, done, objective, ema, test_clips, ranks, autocast, dtype, log) -> None:
+    """Held-out loss, sample strip and loss plot, all with the averaged weights."""
+    if test_clips is not None:
+        with swapped(objective.model, ema):
+            value = held_out_loss(objective, test_clips, ranks, autocast, dtype)
+            strip = None
+            if args.vae:
+                strip = sample_strip(args, objective.model, test_clips, ranks, autocast, dtype)
+        log({"step": done, "held_out": value})
+        ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
+        if strip is not None and ranks.rank == 0:
+            write_image(args.output / f"samples-{done:07d}.png", strip)
+    if ranks.rank == 0:
+        plot_losses(args.output)
+
+
 if __name__ == "__main__":
     try:
-        train(ARGS)
+        export(ARGS.export, ARGS.output) if ARGS.export else train(ARGS)
     except (ValueError, OSError) as error:
         PARSER.exit(2, f"{PARSER.prog}: {error}\n")
     except KeyboardInterrupt:
