@@ -389,13 +389,18 @@ def load_yunet(path: Path) -> Callable:
     return detect
 
 
-def load_scrfd(path: Path) -> Callable:
+def load_insightface(path: Path, *modules: str):
     import onnxruntime
     from insightface.app import FaceAnalysis
     cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    app = FaceAnalysis(str(path.resolve() if path.is_dir() else path), allowed_modules=["detection"],
+    app = FaceAnalysis(str(path.resolve() if path.is_dir() else path), allowed_modules=list(modules),
                        providers=["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"])
     app.prepare(ctx_id=0 if cuda else -1, det_thresh=0.5, det_size=(640, 640))
+    return app
+
+
+def load_scrfd(path: Path) -> Callable:
+    app = load_insightface(path, "detection")
     return lambda bgr: np.array([face.bbox for face in app.get(bgr)]).reshape(-1, 4)
 
 
@@ -503,6 +508,16 @@ def choose(people: list[Person], previous, shape, number: int | None) -> Person:
 
 # ---- Pass 1: analyse ----
 
+def colours(frame: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (8, 8, 8), the share of each colour."""
+    return cv2.calcHist([resize(frame, 64, 64)], [0, 1, 2], None, [8] * 3, [0, 256] * 3) / 64 ** 2
+
+
+def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
+    """From the `colours` of two frames in a row: more than half of the picture is another."""
+    return np.abs(after - before).sum() / 2 > 0.5
+
+
 @dataclass
 class Track:
     """What pass 1 knows of a clip of T frames; coordinates in pixels of the canvas: the reference's size."""
@@ -593,8 +608,8 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
         if masks and np.isfinite([body, bodies[-1]]).all():
             moved = warp(last_mask, 1.0, centre(body) - centre(bodies[-1]))
             overlap = (moved & mask).sum() / (moved | mask).sum()
-        colour = cv2.calcHist([resize(frame, 64, 64)], [0, 1, 2], None, [8] * 3, [0, 256] * 3) / 64 ** 2
-        if masks and np.abs(colour - last_colour).sum() / 2 > 0.5:
+        colour = colours(frame)
+        if masks and is_cut(last_colour, colour):
             cuts.append(len(masks))
         masks.append(zlib.compress(np.packbits(mask)))
         bodies.append(body)
@@ -809,18 +824,23 @@ def draw_header(title: str, track: Track, rejected: dict) -> np.ndarray:
     return out
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that makes cues (and has --fps); `finders` and `options` read them."""
+def add_finder_arguments(parser: argparse.ArgumentParser, masks: str):
+    """The flags of every command that looks for people, and their group; `finders` reads them."""
     group = parser.add_argument_group("who drives")
     for flag, metavar, text in (
             ("--segmenter", "FILE", "person-mask network (.tflite or .onnx) in place of segment-anything"),
             ("--sam", "FILE", "segment-anything's ViT-B weights; fetched once if not given"),
-            ("--masks", "PATH", "folder, video or picture of masks, one a driving frame, in place of both "
-                                "networks: person white, face red"),
-            ("--reference-mask", "FILE", "the same for the reference"),
+            ("--masks", "PATH", f"{masks}, in place of both networks: person white, face red"),
             ("--face-model", "PATH", "insightface folder or YuNet .onnx; buffalo_l, fetched, if not given")):
         group.add_argument(flag, metavar=metavar, help=text)
     group.add_argument("--person", type=int, metavar="N", help="follow the Nth from the left")
+    return group
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that makes cues (and has --fps); `finders` and `options` read them."""
+    group = add_finder_arguments(parser, "folder, video or picture of masks, one a driving frame")
+    group.add_argument("--reference-mask", metavar="FILE", help="the same for the reference")
     group = parser.add_argument_group("cues")
     for entry in fields(CueOptions):
         about = entry.metadata

@@ -7,6 +7,7 @@ appearance, in context.
 Frozen networks run once: a data folder caches, for every clip, all that they say of it, and training reads only that.
 
     python data.py toy -o DATA              # clips of the drawn world, ready for train.py
+    python data.py prepare VIDEOS -o DATA --backbone DIR            # real ones, and what follows: see prepare.py
 
     DATA/clips.jsonl            a line a clip: id, split, frames, fps, height, width, pseudo: how many other identities drive it
     DATA/cache/ID.safetensors   latents (f,16,h,w) as mean and logvar; pose, face (K,f,16,h,w), variant 0 plain, the others augmented;
@@ -15,6 +16,7 @@ Frozen networks run once: a data folder caches, for every clip, all that they sa
 """
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -29,8 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -146,63 +148,86 @@ def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
     return drop
 
 
+OWN_PLACE = cues.CueOptions(align="none")  # in training the driver stands where the reference does
+
+
+def cue_variant(frames, track: cues.Track, k: int, generator, misaligned: bool) -> list[np.ndarray]:
+    """Variant k of a clip's cues, stacked: pose, face (T, 3, H, W), body, face mask (T, 1, H, W), float32.
+
+    Variant 0 is plain, each other one has a cut-off and blank runs of its own; `misaligned` (A.2) moves its Pose Cue.
+    """
+    options = cues.CueOptions(location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else 0.12)
+    drop = blank_runs(len(track.accepted), generator) if k else None
+    misalign = misalignment(track.presence(), generator) if misaligned else None
+    return [np.stack(part) for part in zip(*cues.render(frames, track, None, options, drop, misalign))]
+
+
+@torch.no_grad()
+def latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
+    """(B, T, 3, H, W) -> the posterior's mean (B, f, 16, h, w), bfloat16 on the CPU: how the cache keeps it."""
+    device = next(vae.parameters()).device
+    return torch.cat(
+        [vae.encode(torch.as_tensor(p, device=device)[None])[0].to("cpu", torch.bfloat16) for p in pictures]
+    )
+
+
+def pseudo_latents(vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int) -> dict[str, Tensor]:
+    """P pairs of a body and a face video, each (frames, Track) -> pseudo_pose, pseudo_face, (P*K, f, 16, h, w)."""
+    pose_cues, face_cues = [], []
+    for p, (body, face) in enumerate(pairs):
+        for k in range(variants):
+            draws = (*key, 1000 * (p + 1) + k)
+            pose, same_face, _, _ = cue_variant(*body, k, keyed(*draws), True)
+            pose_cues.append(pose)
+            face_cues.append(same_face if face is body else cue_variant(*face, k, keyed(*draws), True)[1])
+    return {"pseudo_pose": latents(vae, pose_cues), "pseudo_face": latents(vae, face_cues)}
+
+
 @torch.no_grad()
 def encode_clip(
-    vae, video: np.ndarray, find, pseudo: list[tuple], text: Tensor, key: tuple, variants: int, refs: int
+    vae: CausalVAE,
+    video: np.ndarray,
+    own: tuple,
+    pairs: list[tuple],
+    text: Tensor,
+    key: tuple,
+    variants: int,
+    refs: int,
 ) -> dict[str, Tensor]:
     """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
 
-    find: cues.Finder for the clip; pseudo: (video, Finder) of other identities doing the same. Variant 0 is plain; each other one
-    has a cut-off and blank runs of its own, and a pseudo cue is misaligned (A.2) in every variant. `key` seeds every draw.
+    own: (frames, Track), the frames that the cues are cut from: the video itself, or its larger original; pairs: see
+    `pseudo_latents`. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key` seeds every draw.
     """
-    T = len(video)
-    device = next(vae.parameters()).device
-
-    def variant(frames, track, k: int, generator, misaligned: bool) -> list[np.ndarray]:
-        options = cues.CueOptions(location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else 0.12)
-        drop = blank_runs(T, generator) if k else None
-        misalign = misalignment(track.presence(), generator) if misaligned else None
-        return [np.stack(part) for part in zip(*cues.render(frames, track, None, options, drop, misalign))]
-
-    def latents(pictures: np.ndarray | Tensor) -> Tensor:  # (B, T, 3, H, W) -> (B, f, 16, h, w)
-        return vae.encode(torch.as_tensor(pictures, device=device))[0].to("cpu", torch.bfloat16)
-
-    same = cues.CueOptions(align="none")
-    track = cues.analyse(video, video[0], find, same)
-    own = [variant(video, track, k, keyed(*key, k), False) for k in range(variants)]
-    others = []
-    for p, (frames, other) in enumerate(pseudo):
-        other_track = cues.analyse(frames, video[0], other, same)
-        others += [
-            variant(frames, other_track, k, keyed(*key, 1000 * (p + 1) + k), True) for k in range(variants)
-        ]
-
+    variant = [cue_variant(*own, k, keyed(*key, k), False) for k in range(variants)]
+    pose, face, body, face_mask = variant[0]
     generator = keyed(*key, 999)
-    frame = np.sort(generator.choice(T, size=min(refs, T), replace=False))
+    frame = np.sort(generator.choice(len(video), size=min(refs, len(video)), replace=False))
     pictures = to_tensor(video[frame])
     sigma = torch.from_numpy(
         np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))
     ).float()  # CogVideoX's image noise
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
-    single = lambda p: latents(torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
-    mean, logvar = vae.encode(to_tensor(video)[None].to(device))
+    single = lambda p: latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
+    mean, logvar = (
+        z[0].to("cpu", torch.bfloat16)
+        for z in vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
+    )
     tensors = {
-        "mean": mean[0].to("cpu", torch.bfloat16),
-        "logvar": logvar[0].to("cpu", torch.bfloat16),
-        "pose": latents(np.stack([v[0] for v in own])),
-        "face": latents(np.stack([v[1] for v in own])),
-        "body": torch.from_numpy(np.packbits(own[0][2][:, 0] > 0.5, axis=-1)),
-        "face_mask": torch.from_numpy(np.packbits(own[0][3][:, 0] > 0.5, axis=-1)),
+        "mean": mean,
+        "logvar": logvar,
+        "pose": latents(vae, [v[0] for v in variant]),
+        "face": latents(vae, [v[1] for v in variant]),
+        "body": torch.from_numpy(np.packbits(body[:, 0] > 0.5, axis=-1)),
+        "face_mask": torch.from_numpy(np.packbits(face_mask[:, 0] > 0.5, axis=-1)),
         "ref_frame": torch.from_numpy(frame),
         "ref_clean": single(pictures),
         "ref_noisy": single(noisy),
-        "ref_pose": single(own[0][0][frame]),
-        "ref_face": single(own[0][1][frame]),
+        "ref_pose": single(pose[frame]),
+        "ref_face": single(face[frame]),
         "text": text.to(torch.bfloat16),
     }
-    if others:
-        tensors["pseudo_pose"] = latents(np.stack([v[0] for v in others]))
-        tensors["pseudo_face"] = latents(np.stack([v[1] for v in others]))
+    tensors |= pseudo_latents(vae, pairs, key, variants) if pairs else {}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -228,10 +253,10 @@ def toy_clip(number: int, frames: int = TOY_FRAMES) -> tuple[toy.Clip, toy.Clip]
 
 
 def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
-    own, other = toy_clip(number)
-    pseudo = [(other.video, toy_finder(other))]
-    text = toy_text()
-    tensors = encode_clip(vae, own.video, toy_finder(own), pseudo, text, (number,), args.variants, args.refs)
+    clips = toy_clip(number)
+    own, other = ((c.video, cues.analyse(c.video, c.video[0], toy_finder(c), OWN_PLACE)) for c in clips)
+    video, pairs = clips[0].video, [(other, other)]
+    tensors = encode_clip(vae, video, own, pairs, toy_text(), (number,), args.variants, args.refs)
     save_cache(tensors, args.output / "cache" / f"{number:06d}.safetensors")
 
 
@@ -270,10 +295,12 @@ def make_toy(args) -> None:
     for _ in tqdm(missing, desc="toy clips", unit="clip"):
         while done.empty():
             if any(worker.exitcode for worker in workers):
-                raise OSError(f"{args.output}: a worker failed; what is finished stays, run the command again")
+                raise OSError(
+                    f"{args.output}: a worker failed; what is finished stays, run the command again"
+                )
             time.sleep(0.05)
         done.get()
-    line = {"frames": TOY_FRAMES, "fps": toy.FPS, "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": 1}
+    line = {"frames": TOY_FRAMES, "fps": toy.FPS, "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": ["drawn"]}
     split = lambda n: "test" if n >= HELD_OUT else "train"  # noqa: E731
     lines = [json.dumps({"id": f"{n:06d}", "split": split(n)} | line) for n in numbers]
     part = args.output / ".clips.jsonl"
@@ -307,37 +334,60 @@ class Clips:
             raise FileNotFoundError(
                 f"{path}: no data folder there; make one with: python data.py toy -o {folder}, or data.py prepare"
             )
-        clips = [json.loads(line) for line in path.read_text().splitlines()]
         self.folder, self.args, self.scale, self.training = folder, args, scale, split == "train"
-        self.clips = [c for c in clips if c["split"] == split and (args.stage != "2" or c["pseudo"])]
-        if not self.clips:
-            raise ValueError(
-                f"{folder}: no {split} clips for stage {args.stage}"
-                + " (pseudo cues are missing)" * (args.stage == "2")
-            )
+        self.buckets: dict[tuple, list] = {}  # clips of one shape: a batch is cut from one bucket
+        for clip in map(json.loads, path.read_text().splitlines()):
+            if clip["split"] == split and (args.stage != "2" or clip["pseudo"]):
+                shape = clip["height"], clip["width"], min(args.window, (clip["frames"] - 1) // 4 + 1)
+                self.buckets.setdefault(shape, []).append(clip)
+        if not self.buckets:
+            reason = " with pseudo cues (data.py add-pseudo)" * (args.stage == "2")
+            raise ValueError(f"{folder}: no {split} clips{reason}")
+        null = folder / "null_text.safetensors"  # T5's states of ""; the drawn world's are zeros
+        self.null_text = load_file(null)["text"].float() if null.exists() else torch.zeros(())
+        self.skipped, self.named = 0, set()  # samples replaced because their clip is damaged, and those clips
 
     def __len__(self) -> int:
-        return len(self.clips)
+        return sum(map(len, self.buckets.values()))
+
+    def places(self, step: int, G: int) -> tuple[list[dict], list[int]]:
+        """The bucket of a step, and the G places in it whose clips are shown. An epoch shows every clip once (and fills a bucket's last batch from its
+        start); buckets and clips come in an order drawn anew for each epoch."""
+        batches = [(shape, j) for shape, clips in self.buckets.items() for j in range(-(-len(clips) // G))]
+        epoch, place = divmod(step, len(batches))
+        shape, j = batches[keyed(self.args.seed, 2**31, epoch).permutation(len(batches))[place]]
+        bucket = self.buckets[shape]
+        order = keyed(self.args.seed, 2**31, epoch, *shape).permutation(len(bucket))
+        return bucket, [int(order[(j * G + i) % len(bucket)]) for i in range(G)]
 
     def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
         """The samples `indices` of the G of this step. The noise level of sample i is drawn from the p(i)-th of G equal intervals of
         [0, 1000), p a permutation drawn anew each step (CogVideoX's explicit uniform sampling)."""
-        order = keyed(self.args.seed, step).permutation(G)
+        order, (bucket, places) = keyed(self.args.seed, step).permutation(G), self.places(step, G)
         samples = []
         for i in indices:
-            sample = self.sample(step * G + i, keyed(self.args.seed, step, i))
-            sample["step"] = torch.tensor(
-                int(1000 * (order[i] + keyed(self.args.seed, step, i, 1).random()) / G)
-            )
-            samples.append(sample)
+            sample = self.sample(bucket, places[i], keyed(self.args.seed, step, i))
+            level = (order[i] + keyed(self.args.seed, step, i, 1).random()) / G
+            samples.append(sample | {"step": torch.tensor(int(1000 * level))})
         return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
 
-    def sample(self, position: int, generator: np.random.Generator) -> dict[str, Tensor]:
-        """Training sample `position` of the run: epochs are permutations of the clips."""
-        epoch, place = divmod(position, len(self.clips))
-        clip = self.clips[keyed(self.args.seed, 2**31, epoch).permutation(len(self.clips))[place]]
-        with safe_open(self.folder / "cache" / f"{clip['id']}.safetensors", "pt") as file:
-            return self.read(file, generator)
+    def sample(self, bucket: list[dict], place: int, generator: np.random.Generator) -> dict[str, Tensor]:
+        """A training sample of the clip at `place`; of the next one if its cache is damaged, which is said and counted."""
+        for clip in bucket[place:] + bucket[:place]:
+            path = self.folder / "cache" / f"{clip['id']}.safetensors"
+            try:
+                with safe_open(path, "pt") as file:
+                    if file.get_slice("mean").get_shape()[2:] != [clip["height"] // 8, clip["width"] // 8]:
+                        raise ValueError(f"not {clip['width']}x{clip['height']} pixels, as clips.jsonl says")
+                    return self.read(file, copy.deepcopy(generator))
+            except (OSError, ValueError, SafetensorError) as error:
+                self.skipped += 1
+                if clip["id"] not in self.named:
+                    self.named.add(clip["id"])
+                    tqdm.write(f"{path}: skipped, {error}", file=sys.stderr)
+        raise ValueError(
+            f"{self.folder}: no clip of {clip['width']}x{clip['height']} is whole (python data.py check {self.folder})"
+        )
 
     def read(self, file, generator: np.random.Generator) -> dict[str, Tensor]:
         """Cut a window, choose reference and variants, drop conditions; all draws from `generator`, in a fixed order."""
@@ -372,7 +422,7 @@ class Clips:
             "latents": scale * latents,
             "noise": noise,
             "condition": condition,
-            "text": text * (not drop_text),
+            "text": self.null_text.expand_as(text) if drop_text else text,
         }
         if args.stage == "0":
             return sample
@@ -428,7 +478,7 @@ class Clips:
 class Pictures:
     """What the drawn world's VAE learns from: pieces of drawn clips (half of them), of pose cues and of face cues."""
 
-    def __init__(self, args, clips: int = 300):
+    def __init__(self, args, clips: int = 500):
         self.args, self.pool = args, []
         for number in tqdm(
             range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0
@@ -445,16 +495,17 @@ class Pictures:
         return len(self.pool)
 
     def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
-        """Samples of one length: 9 frames, in one step of four 17 (two chunks, the second with a past)."""
-        frames = int(keyed(self.args.seed, step).choice([9, 17], p=[0.75, 0.25]))
-        latent = ((frames - 1) // 4 + 1, 16, TOY_SIZE // 8, TOY_SIZE // 8)
+        """In most steps four small pieces a sample, each of another clip; else a whole picture, for GroupNorm sees all of
+        it, or pieces of 17 frames, two chunks of which the second has a past."""
+        kind = keyed(self.args.seed, step).choice(3, p=[0.7, 0.2, 0.1])
+        frames, size, count = ((9, TOY_SIZE // 2, 4), (9, TOY_SIZE, 1), (17, TOY_SIZE // 2, 2))[kind]
         videos, noises = [], []
-        for i in indices:
-            generator = keyed(self.args.seed, step, i)
+        for generator in (keyed(self.args.seed, step, i, k) for i in indices for k in range(count)):
             video = self.pool[generator.integers(len(self.pool))][generator.integers(4)]
-            start = generator.integers(len(video) - frames + 1)
-            flip = int(generator.choice([-1, 1]))
-            videos.append(to_tensor(np.ascontiguousarray(video[start : start + frames, :, ::flip])))
+            t, y, x = generator.integers(np.array(video.shape[:3]) - (frames, size, size), endpoint=True)
+            piece = video[t : t + frames, y : y + size, x : x + size]
+            videos.append(to_tensor(np.ascontiguousarray(piece[:, :, :: int(generator.choice([-1, 1]))])))
+            latent = ((frames - 1) // 4 + 1, 16, size // 8, size // 8)
             noises.append(torch.from_numpy(generator.standard_normal(latent, np.float32)))
         return {"video": torch.stack(videos), "noise": torch.stack(noises)}
 
@@ -469,36 +520,37 @@ def prefetched(items: Iterable) -> Iterator:
             yield item
 
 
+# fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    import prepare  # real data; it imports this file
+
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0], formatter_class=show)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "toy", help="cache clips of the drawn world", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    ).add_argument
+    prepare.add_commands(commands)
+    add = commands.add_parser("toy", help="cache clips of the drawn world", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
     add("--clips", type=int, default=800, help="training clips")
-    add(
-        "--held-out",
-        type=int,
-        default=64,
-        help="clips for held-out losses, of people and motions that training never sees",
-    )
+    add("--held-out", type=int, default=64, help="test clips, of people and motions that training never sees")
     add("--variants", type=int, default=2, help="cue variants a clip, the first without augmentation")
     add("--refs", type=int, default=4, help="reference frames a clip, each with pixel noise of its own")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw and encode")
-    add = commands.add_parser("example", help="draw the example that README uses").add_argument
+    add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")
+    for command in (parser, *commands.choices.values()):
+        command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     return parser, parser.parse_args(argv)
+# fmt: on
 
 
-def main():
-    parser, args = parse_args()
+def main(argv=None):
+    import prepare
+
+    parser, args = parse_args(argv)
+    commands = {"toy": make_toy, "example": make_example, **prepare.COMMANDS}
     try:
-        {"toy": make_toy, "example": make_example}[args.command](args)
+        commands[args.command](args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:

@@ -139,7 +139,9 @@ from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what a checkpoint of a single process says
+warnings.filterwarnings(
+    "ignore", "torch.distributed is disabled"
+)  # what a checkpoint of a single process says
 
 
 # ---- objectives: a batch in, named losses out -------------------------------------------------------------------------
@@ -245,7 +247,9 @@ def build(args) -> nn.Module:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":
         return DiT(config)  # small enough to start from nothing
-    raise ValueError(f"--stage {args.stage} starts from a backbone: give --backbone, a CogVideoX1.5-5B-I2V folder")
+    raise ValueError(
+        f"--stage {args.stage} starts from a backbone: give --backbone, a CogVideoX1.5-5B-I2V folder"
+    )
 
 
 def load_teacher(args, dtype, device) -> DiT | None:
@@ -338,7 +342,7 @@ def save_checkpoint(args, ranks: "Ranks", step: int, model, ema, optimizer) -> N
         dcp.save(state, checkpoint_id=part / "optimizer", no_dist=ranks.count == 1)
     except (OSError, CheckpointException) as error:
         failure = error
-    if ranks.any(failure is not None):
+    if ranks.count_all(failure is not None):
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(save_error(run, model, ema, failure)) from None
@@ -353,7 +357,11 @@ def save_error(run: Path, model: nn.Module, ema: dict | None, failure: BaseExcep
     numbers = sum(p.numel() for p in model.parameters())
     need, free = numbers * 4 * (4 if ema else 3), shutil.disk_usage(run).free
     full = free < need or getattr(failure, "errno", None) == errno.ENOSPC
-    why = "the disk is full" if full else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
+    why = (
+        "the disk is full"
+        if full
+        else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
+    )
     return f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; the last one stands"
 
 
@@ -433,7 +441,9 @@ class Meter:
 
 
 @torch.no_grad()
-def held_out_loss(objective: nn.Module, clips: data.Clips, ranks: "Ranks", autocast, dtype, batches=4, size=16) -> float:
+def held_out_loss(
+    objective: nn.Module, clips: data.Clips, ranks: "Ranks", autocast, dtype, batches=4, size=16
+) -> float:
     """Mean denoising loss of the test split: the same clips, noise and steps every time, no dropouts."""
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     objective.eval()
@@ -448,7 +458,9 @@ def held_out_loss(objective: nn.Module, clips: data.Clips, ranks: "Ranks", autoc
 
 
 @torch.no_grad()
-def sample_strip(args, model: DiT, clips: data.Clips, ranks: "Ranks", autocast, dtype, count=4, steps=10) -> np.ndarray:
+def sample_strip(
+    args, model: DiT, clips: data.Clips, ranks: "Ranks", autocast, dtype, count=4, steps=10
+) -> np.ndarray:
     """What the model makes of test clips, (rows, columns, 3) uint8: reference | pose cue, output, truth at three times.
 
     Sampled by DDIM in 10 steps without guidance: a look, not a measurement.
@@ -464,7 +476,9 @@ def sample_strip(args, model: DiT, clips: data.Clips, ranks: "Ranks", autocast, 
     output = ddim(velocity, batch["noise"], Schedule(), steps)
     vae = load_strip_vae(args).to(ranks.device)
 
-    def pictures(latents: Tensor) -> np.ndarray:  # (count, f, 16, h, w) -> first, middle and last frame side by side
+    def pictures(
+        latents: Tensor,
+    ) -> np.ndarray:  # (count, f, 16, h, w) -> first, middle and last frame side by side
         video = vae.decode(latents[:, :, :16].float() / vae.config.scaling_factor).float()
         video = video[:, [0, video.shape[1] // 2, -1]].clamp(-1, 1)
         return ((video + 1) * 127.5).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).cpu().numpy()
@@ -534,8 +548,8 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def any(self, flag: bool) -> bool:
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+    def count_all(self, number: int) -> int:
+        return int(self.sum(torch.tensor(number, device=self.device)))
 
     def wait(self):
         if self.count > 1:
@@ -547,7 +561,10 @@ class Ranks:
 
 
 def to_device(batch: dict, device, dtype) -> dict:
-    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True) for k, v in batch.items()}
+    return {
+        k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True)
+        for k, v in batch.items()
+    }
 
 
 def open_data(args, ranks: Ranks):
@@ -560,13 +577,21 @@ def open_data(args, ranks: Ranks):
             data.make_toy(data.parse_args(["toy", "-o", str(args.data)])[1])
         ranks.wait()
     scale = VAE_PRESETS[DEFAULTS[args.preset]["vae_preset"]].scaling_factor
-    return data.Clips(args.data, args, scale), data.Clips(args.data, args, scale, split="test")
+    clips, test_clips = data.Clips(args.data, args, scale), None
+    if args.eval_every:
+        try:
+            test_clips = data.Clips(args.data, args, scale, split="test")
+        except ValueError as error:
+            ranks.print(f"{error}: so there is no held-out loss and no sample strip")
+    return clips, test_clips
 
 
 def train(args) -> None:
     ranks, run = Ranks(args.device), args.output
     compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
-    master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
+    master = (
+        torch.float64 if compute == torch.float64 else torch.float32
+    )  # weights, gradients, noise and losses
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     clips, test_clips = open_data(args, ranks)
 
@@ -595,7 +620,9 @@ def train(args) -> None:
     if args.dry_run:
         return
     run.mkdir(parents=True, exist_ok=True)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
+    restarted = (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    )  # torchrun after a failure: no one to say it
     start = load_checkpoint(args, ranks, model, ema, optimizer) if args.resume or restarted else 0
     if ranks.rank == 0:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -651,7 +678,8 @@ def train(args) -> None:
             elapsed = time.perf_counter() - began
             rate, waiting = (done - start) / elapsed, waited / elapsed
             left = (args.steps - done) / rate
-            log(record | {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)})
+            record |= {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)}
+            log(record | {"skipped_samples": ranks.count_all(getattr(clips, "skipped", 0))})
             words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
             ranks.print(
                 f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "

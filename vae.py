@@ -37,7 +37,7 @@ class VAEConfig:
 
 VAE_PRESETS = {
     "cogvideox1.5": VAEConfig((128, 256, 256, 512), 3, 16, 32, 0.7),
-    "toy": VAEConfig((16, 32, 48, 48), 1, 16, 8, 0.7),
+    "toy": VAEConfig((16, 32, 48, 48), 1, 16, 4, 0.7),
     "tiny": VAEConfig((8, 8, 16, 16), 1, 16, 4, 0.7),
 }
 
@@ -261,7 +261,21 @@ class CausalVAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.tiling = False
+        self.init_weights()
         self.channels_last()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """For training from scratch: convolutions that keep the variance, decoder norms that start as plain GroupNorm (a
+        random conv_y would drown x in noise), a posterior that starts narrow (or its noise would hide the latents)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if isinstance(module, Norm) and module.conv_y is not None:
+                for conv, value in ((module.conv_y, 1.0), (module.conv_b, 0.0)):
+                    nn.init.zeros_(conv.weight), nn.init.constant_(conv.bias, value)
+        C = self.config.latent_channels
+        nn.init.zeros_(self.encoder.conv_out.weight[C:]), nn.init.constant_(self.encoder.conv_out.bias[C:], -6.0)
 
     def channels_last(self):
         """Lay the weights out for channels-last convolutions (again after loading: assignment keeps the file's layout)."""

@@ -1,0 +1,461 @@
+"""prepare, add-pseudo and check: real video files in, a data folder out, whatever happens on the way."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from argparse import Namespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cues
+import data
+import prepare
+import toy
+import train
+from video import Video, read_image, write_image, write_video
+
+
+def put(videos, masks, name, *clips, fps=16):
+    """Clips of the drawn world, one after the other, as videos/NAME.mp4 and masks/NAME/."""
+    write_video(videos / f"{name}.mp4", np.concatenate([clip.video for clip in clips]), fps)
+    (masks / name).mkdir(parents=True)
+    pairs = [pair for clip in clips for pair in zip(clip.body, clip.face)]
+    for index, pair in enumerate(pairs):
+        write_image(masks / name / f"{index:03d}.png", cues.paint_mask(*pair))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """One video to train on, one to test on with a cut; a broken one, a text, one of 3 frames."""
+    root = tmp_path_factory.mktemp("world")
+    videos, masks = root / "in", root / "masks"
+    videos.mkdir()
+    put(videos, masks, "dance", toy.render(1, 1, frames=20, size=64))
+    put(videos, masks, "00336", toy.render(2, 2, frames=9, size=64), toy.render(3, 3, frames=12, size=64))
+    put(videos, masks, "short", toy.render(4, 4, frames=3, size=64))
+    (videos / "dance.txt").write_text("a woman dances\n")
+    (videos / "notes.txt").write_text("not a video")
+    (videos / "broken.mp4").write_bytes((videos / "dance.mp4").read_bytes()[:300])
+    return root
+
+
+def run(*words):
+    """The command line -> (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            data.main([str(word) for word in words])
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def prepared(world, folder, *extra, videos=None):
+    small = ["--preset", "tiny", "--frames", 9, "--area", 64 * 64, "--variants", 2, "--refs", 2]
+    place = ["--device", "cpu", "--dtype", "float32", "--masks", world / "masks"]
+    return run("prepare", videos or world / "in", "-o", folder, *small, *place, *extra)
+
+
+@pytest.fixture(scope="session")
+def folder(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    code, _, err = prepared(world, folder)
+    assert code == 0, err
+    return folder
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "data")
+
+
+def bytes_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- prepare ----------------------------------------------------------------------------------------------
+
+
+def test_the_tiktok_data_set_is_split_as_in_the_paper():
+    """1-334 train, 335-340 test, whatever --held-out says; other names are held out by their hash alone."""
+    splits = {n: prepare.split_of(f"{n:05d}", 1.0) for n in range(1, 341)}
+    assert [n for n, split in splits.items() if split == "test"] == list(range(335, 341))
+    assert prepare.split_of("00341", 1.0) == "test", "not of the data set"
+    share = np.mean([prepare.split_of(f"clip {n}", 0.2) == "test" for n in range(1000)])
+    assert 0.15 < share < 0.25
+
+
+def test_tiktok_folders_files_and_captions_are_found(tmp_path):
+    """A folder NAME/images is one video; masks and captions are none; two of one name are refused."""
+    for name in (
+        "00002/images/1.png",
+        "00002/images/2.png",
+        "00002/masks/1.png",
+        "b/1.jpg",
+        "a.mp4",
+        "a.txt",
+        "c.txt",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "00002.txt").write_text("a caption")
+    found = {
+        name: (str(path.relative_to(tmp_path)), text.name) for name, path, text in prepare.inputs(tmp_path)
+    }
+    assert found == {
+        "00002": ("00002/images", "00002.txt"),
+        "a": ("a.mp4", "a.txt"),
+        "b": ("b", "b.txt"),
+        "c": ("c.txt", "c.txt"),
+    }
+    with pytest.raises(FileNotFoundError, match="nowhere.mp4 does not exist"):
+        prepare.all_inputs([tmp_path / "nowhere.mp4"])
+    with pytest.raises(ValueError, match="one name"):
+        prepare.all_inputs([tmp_path, tmp_path / "b" / "1.jpg", tmp_path / "00002" / "images" / "1.png"])
+
+
+def test_videos_are_cut_where_the_scene_changes_and_what_is_broken_is_named(folder, world):
+    clips = {line["id"]: line for line in lines_of(folder / "clips.jsonl")}
+    assert {id: (c["start"], c["frames"]) for id, c in clips.items()} == {
+        "00336_000000": (0, 9), "00336_000009": (9, 9), "dance_000000": (0, 17)
+    }  # fmt: skip
+    assert {id: c["split"] for id, c in clips.items()} == dict(zip(clips, ("test", "test", "train")))
+    assert clips["dance_000000"]["prompt"] == "a woman dances" and clips["00336_000000"]["prompt"] == ""
+    skipped = {line["id"]: line["skipped"] for line in lines_of(folder / "skipped.jsonl")}
+    assert list(skipped) == ["broken", "notes", "short_000000"]
+    assert "too short: 3 of 9" in skipped["short_000000"] and "broken.mp4" in skipped["broken"]
+    first = next(iter(Video(folder / "videos" / "00336_000009.mp4")))
+    source = list(Video(world / "in" / "00336.mp4"))
+    assert np.abs(first.astype(int) - source[9]).mean() < 4 < np.abs(first.astype(int) - source[8]).mean()
+
+
+def test_long_scenes_are_cut_at_the_longest_length_and_their_rest_is_not_a_fault():
+    """A cut that falls on the longest length begins a scene; 1 frame left over does not."""
+    grey = lambda level: np.full((16, 16, 3), level, np.uint8)
+    frames = [(grey(10), None)] * 9 + [(grey(200), None)] * 4
+    found = [(start, fresh, len(piece)) for start, fresh, piece in prepare.pieces(iter(frames), 4)]
+    assert found == [(0, True, 4), (4, False, 4), (8, False, 1), (9, True, 4)]
+
+
+@pytest.mark.parametrize("rate, stride", [(8, 1), (16, 1), (25, 2), (30, 2), (60, 4)])
+def test_every_nth_frame_gives_about_16_frames_a_second(tmp_path, rate, stride):
+    bars = np.zeros((12, 32, 96, 3), np.uint8)
+    for n in range(12):
+        bars[n, :, 8 * n : 8 * n + 8] = 255
+    write_video(tmp_path / "v.mp4", bars, rate)
+    args = Namespace(fps=16.0, folder_fps=30.0, masks=None, max_frames=97)
+    ((_, fps, _, piece),) = prepare.read_pieces(args, "v", tmp_path / "v.mp4")
+    assert fps == rate / stride
+    assert [frame.mean((0, 2)).argmax() // 8 for frame, _ in piece] == list(range(0, 12, stride))
+
+
+def test_buckets_hold_the_area_and_multiples_of_16():
+    for height, width in ((1080, 1920), (1920, 1080), (480, 480), (1280, 720), (540, 414)):
+        H, W = prepare.bucket(height, width, 512 * 512)
+        assert H % 16 == W % 16 == 0 and 0.93 < H * W / 512**2 < 1.07
+        assert 0.85 < (W / H) / (width / height) < 1.18
+    tall = prepare.middle(np.arange(40 * 20).reshape(40, 20, 1), 24, 24)
+    assert tall.shape[:2] == (20, 20) and tall[0, 0, 0] == 10 * 20, "the middle rows"
+
+
+def test_masks_are_cropped_with_their_pictures(world, tmp_path):
+    """80 x 64 pixels go into the bucket of 80 x 48: the middle rows, of video and masks alike."""
+    (tmp_path / "in").mkdir()
+    clip = toy.render(1, 1, frames=9, size=(64, 80))
+    put(tmp_path / "in", tmp_path / "masks", "wide", clip)
+    code, _, err = prepared(world, tmp_path / "data", "--masks", tmp_path / "masks", videos=tmp_path / "in")
+    assert code == 0, err
+    cache = load_file(tmp_path / "data" / "cache" / "wide_000000.safetensors")
+    assert cache["mean"].shape == (3, 16, 6, 10) and cache["text"].shape == (226, 32)
+    assert (np.unpackbits(cache["body"].numpy(), axis=-1) == clip.body[:, 8:56]).mean() > 0.995
+    frames = np.stack(list(Video(tmp_path / "data" / "videos" / "wide_000000.mp4")))
+    error = [np.abs(frames.astype(int) - clip.video[:, top : top + 48]).mean() for top in range(16)]
+    assert np.argmin(error) == 8 and error[8] < 6, "compressed twice"
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_resumed_equals_an_unkilled_one(folder, world, tmp_path, monkeypatch):
+    """Killed at every rename in turn, also within a clip: in the end the same files, byte for byte."""
+    rename, data = os.replace, tmp_path / "data"
+
+    def killing(allowed):
+        def replaced(*paths):
+            nonlocal allowed
+            allowed -= 1
+            if allowed < 0:
+                raise Killed
+            return rename(*paths)
+
+        return replaced
+
+    for kills in range(40):
+        monkeypatch.setattr(os, "replace", killing(allowed=kills))
+        try:
+            code, _, _ = prepared(world, data)
+            break
+        except Killed:
+            for part in data.glob("cues/*/.part"):
+                (part / "torn").write_text("what a harder death leaves behind")
+    assert kills > 7 and code == 0
+    assert bytes_of(data) == bytes_of(folder)
+
+
+def test_two_ranks_make_the_same_folder_as_one(folder, world, tmp_path, monkeypatch):
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert prepared(world, tmp_path / "data")[0] == 0
+    assert bytes_of(tmp_path / "data") == bytes_of(folder)
+
+
+def test_a_list_overtaken_while_it_is_written_is_written_again(copied, monkeypatch):
+    """Rank 0 collects, rank 1 finishes its last clip, rank 0 writes: the clip must not be missing."""
+    late = (copied / "cues" / "00336_000009" / "clip.json").read_text()
+    (copied / "cues" / "00336_000009" / "clip.json").unlink()
+    rename = os.replace
+
+    def replaced(*paths):
+        (copied / "cues" / "00336_000009" / "clip.json").write_text(late)
+        return rename(*paths)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    prepare.assemble(copied)
+    assert len(lines_of(copied / "clips.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--frames", 17], "has --frames 9, not 17"),
+        (["--frames", 10], "the VAE needs 8k+1"),
+        (["--max-frames", 8], "at least --frames"),
+        (["--refs", 0], "1 or more"),
+        (["--segmenter", "x.onnx"], "drop --segmenter"),
+        (["--backbone", "DIR"], "or --preset"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(copied, world, extra, message):
+    code, _, err = prepared(world, copied, *extra)
+    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert message in err
+
+
+# ---- add-pseudo -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def performers(tmp_path_factory):
+    """Pseudo videos of dance_000000, bodies and faces: one good pair and one of every kind of bad."""
+    root = tmp_path_factory.mktemp("pseudo")
+    other = toy.render(501, 1, frames=17, size=64)
+    wrong = toy.render(501, 9, frames=17, size=64)
+    blurred = toy.render(502, 1, frames=17, size=64)
+    blurred.video[:] = [cv2.GaussianBlur(frame, (0, 0), 4) for frame in blurred.video]
+    faceless = toy.render(503, 1, frames=17, size=64)
+    faceless.face[:] = False
+    for kind in ("body", "face"):
+        (root / kind).mkdir()
+        place = root / kind, root / "masks" / kind
+        put(*place, "dance_000000_good", other)
+        put(*place, "dance_000000_blur", blurred)
+        put(*place, "dance_000000_long", toy.render(501, 1, frames=20, size=64))
+    put(root / "body", root / "masks" / "body", "dance_000000_pose", wrong)
+    put(root / "face", root / "masks" / "face", "dance_000000_faceless", faceless)
+    put(root / "body", root / "masks" / "body", "00336_000000_alone", toy.render(501, 2, frames=9, size=64))
+    return root
+
+
+def add(data, root, *extra):
+    given = ["--body", root / "body", "--face", root / "face", "--masks", root / "masks"]
+    return run("add-pseudo", data, *given, "--device", "cpu", "--dtype", "float32", *extra)
+
+
+def test_pseudo_videos_are_filtered_with_a_report_and_the_good_pair_is_cached(copied, performers):
+    """Each bad video is rejected for its own fault, and a clip without a face video gets nothing."""
+    code, out, err = add(copied, performers)
+    assert code == 0, err
+    verdicts = lines_of(copied / "pseudo.jsonl")
+    reasons = {(v["kind"], v["video"].split("_")[2][:-4]): v["reason"] for v in verdicts}
+    assert (
+        reasons.pop(("body", "good"))
+        is reasons.pop(("face", "good"))
+        is reasons.pop(("body", "alone"))
+        is None
+    )
+    assert {key: reason.split(":")[0] for key, reason in reasons.items()} == {
+        ("body", "blur"): "detail", ("face", "blur"): "detail", ("body", "long"): "unusable",
+        ("face", "long"): "unusable", ("body", "pose"): "pose", ("face", "faceless"): "faces",
+    }  # fmt: skip
+    assert (
+        "body: 2 of 5 kept" in out and "face: 1 of 4 kept" in out and "1 of 3 clips have pseudo cues" in out
+    )
+    clips = {line["id"]: line["pseudo"] for line in lines_of(copied / "clips.jsonl")}
+    good = {"body": "dance_000000_good.mp4", "face": "dance_000000_good.mp4"}
+    assert clips == {"dance_000000": [good], "00336_000000": [], "00336_000009": []}
+    cache = load_file(copied / "cache" / "dance_000000.safetensors")
+    assert cache["pseudo_pose"].shape == cache["pseudo_face"].shape == (2, 5, 16, 8, 8)
+    before = bytes_of(copied)
+    assert add(copied, performers)[0] == 0 and bytes_of(copied) == before
+    assert run("check", copied, "-o", copied / "sheet.png")[0] == 0
+
+
+def test_a_pose_cue_of_add_pseudo_is_misaligned_and_a_face_cue_is_not(monkeypatch):
+    """A.2: the pose moves, face and masks stay; variant 0 has no blank frames."""
+    clip = toy.render(1, 1, frames=9, size=64)
+    masks = [cues.paint_mask(*pair) for pair in zip(clip.body, clip.face)]
+    track = cues.analyse(clip.video, clip.video[0], cues.Finder(masks=masks), prepare.OWN_PLACE)
+    monkeypatch.setattr(data, "misalignment", lambda presence, generator: (1.0, np.array([8.0, 0.0])))
+    plain, moved = (
+        data.cue_variant(clip.video, track, 0, prepare.keyed(0), misaligned) for misaligned in (False, True)
+    )
+    assert np.abs(moved[0][..., 8:] - plain[0][..., :-8]).mean() < 0.02 < np.abs(moved[0] - plain[0]).mean()
+    assert all(np.array_equal(a, b) for a, b in zip(plain[1:], moved[1:]))
+
+
+def test_replayed_tracks_are_the_tracks(folder):
+    """What is found once in native pixels is what encode_clip sees; stretched, the boxes follow the masks."""
+    track = cues.Track.load(folder / "cues" / "dance_000000" / "track.npz")
+    frames = list(Video(folder / "videos" / "dance_000000.mp4"))
+    again = cues.analyse(frames, frames[0], prepare.replay(track), prepare.OWN_PLACE)
+    assert again.masks == track.masks
+    for name in ("body_boxes", "face_boxes", "face_squares", "scores", "accepted"):
+        assert np.array_equal(getattr(again, name), getattr(track, name), equal_nan=True), name
+    wide = cues.analyse(frames, frames[0], prepare.replay(track, 1.25, 32.0), prepare.OWN_PLACE)
+    whole = (wide.body_boxes[:, 0] > 0) & (wide.body_boxes[:, 2] < 63)
+    sides = lambda t: (t.body_boxes[:, 2] - t.body_boxes[:, 0])[whole]
+    assert whole.any() and np.allclose(sides(wide) / sides(track), 1.25, atol=0.1)
+    faces = lambda t: np.nanmean(t.face_boxes[:, [0, 2]], 1)
+    assert np.allclose(faces(wide), 1.25 * faces(track) - 8, equal_nan=True)
+
+
+def test_augmented_copies_are_marked_and_told(copied):
+    code, out, _ = run("add-pseudo", copied, "--augment", 2, "--device", "cpu", "--dtype", "float32")
+    assert code == 0 and "not the paper's" in out
+    assert all(c["pseudo"] == [{"augmented": 0}, {"augmented": 1}] for c in lines_of(copied / "clips.jsonl"))
+    cache = load_file(copied / "cache" / "00336_000000.safetensors")
+    assert cache["pseudo_pose"].shape[0] == 4
+    assert not torch.equal(cache["pseudo_pose"][0], cache["pose"][0])
+
+
+def test_both_or_neither_of_body_and_face(copied):
+    for extra in ([], ["--body", "x"], ["--augment", 1, "--body", "x", "--face", "x"]):
+        code, _, err = run("add-pseudo", copied, *extra)
+        assert code == 2 and "--augment N" in err
+
+
+# ---- check ------------------------------------------------------------------------------------------------
+
+
+def spoil(data, change):
+    path = data / "cache" / "dance_000000.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def line_changed(data):
+    path = data / "clips.jsonl"
+    path.write_text(path.read_text().replace('"frames": 17', '"frames": 25'))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: os.truncate(d / "cache" / "dance_000000.safetensors", 5000), "cannot be read"),
+        (lambda d: (d / "cache" / "dance_000000.safetensors").unlink(), "cannot be read"),
+        (lambda d: spoil(d, lambda t: t["mean"][0].fill_(torch.nan)), "mean is not finite"),
+        (lambda d: spoil(d, lambda t: t.pop("ref_face")), "ref_face is missing"),
+        (
+            lambda d: spoil(d, lambda t: t.update(pseudo_pose=t["pose"].clone())),
+            "pseudo_pose is not expected",
+        ),
+        (lambda d: spoil(d, lambda t: t.update(face=t["face"][:1].clone())), "face is torch.bfloat16"),
+        (lambda d: spoil(d, lambda t: t["ref_frame"].fill_(17)), "ref_frame is beyond"),
+        (line_changed, "mean is"),
+        (lambda d: os.truncate(d / "cues" / "dance_000000" / "track.npz", 900), "track or video"),
+        (lambda d: (d / "videos" / "dance_000000.mp4").unlink(), "track or video"),
+        (
+            lambda d: shutil.copy(d / "cache" / "dance_000000.safetensors", d / "cache" / "x.safetensors"),
+            "x: in the",
+        ),
+    ],
+)
+def test_check_names_every_fault(copied, change, words):
+    assert run("check", copied)[0] == 0 and read_image(copied / "sheet.png").shape[1] == cues.WIDTH
+    change(copied)
+    code, _, err = run("check", copied)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert "dance_000000" in err or "x: in" in err
+
+
+# ---- training on it ---------------------------------------------------------------------------------------
+
+
+def trained(data, run, *extra):
+    common = [
+        "--preset",
+        "tiny",
+        "--data",
+        data,
+        "--window",
+        3,
+        "--steps",
+        3,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    _, args = train.parse_args([str(a) for a in [*common, "--eval-every", 0, "-o", run, *extra]])
+    train.train(args)
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return lines
+
+
+def test_both_stages_train_on_prepared_clips(copied, tmp_path):
+    assert run("add-pseudo", copied, "--augment", 1, "--device", "cpu", "--dtype", "float32")[0] == 0
+    first = trained(copied, tmp_path / "stage1", "--stage", 1, "--log-every", 1)
+    second = trained(
+        copied, tmp_path / "stage2", "--stage", 2, "--teacher", tmp_path / "stage1", "--log-every", 1
+    )
+    assert any("denoise" in line for line in first)
+    assert all(np.isfinite(line["s2x"]) for line in second if "s2x" in line) and any(
+        "s2x" in line for line in second
+    )
+
+
+@pytest.mark.slow
+def test_a_real_clip_with_real_networks(assets, tmp_path):
+    """A dancer: nearly all frames accepted, her face found; and she is no other identity than herself."""
+    weights, data, pseudo = assets / "weights", tmp_path / "data", tmp_path / "pseudo"
+    nets = ["--segmenter", weights / "selfie_segmentation.tflite", "--face-model", weights / "face"]
+    small = ["--preset", "tiny", "--frames", 17, "--max-frames", 17, "--area", 256 * 256, "--variants", 2]
+    video = tmp_path / "dancer.mp4"
+    write_video(video, Video(assets / "video" / "liveportrait_s13.mp4", stop=36), 25)
+    code, _, err = run("prepare", video, "-o", data, *small, *nets, "--device", "cpu")
+    assert code == 0, err
+    (clip,) = lines_of(data / "clips.jsonl")
+    assert (clip["fps"], clip["frames"]) == (12.5, 17) and clip["accepted"] > 14 and clip["faces"] > 14
+    pseudo.mkdir()
+    shutil.copy(data / "videos" / "dancer_000000.mp4", pseudo)
+    code, _, err = run("add-pseudo", data, "--body", pseudo, "--face", pseudo, *nets, "--device", "cpu")
+    assert code == 0, err
+    for verdict in lines_of(data / "pseudo.jsonl"):
+        assert verdict["reason"].startswith("identity") and ";" not in verdict["reason"], verdict
+        assert verdict["identity"] > 0.9 and verdict["detail"] > 0.8
+        assert verdict.get("pose", 1) > 0.9 and verdict.get("faces", 1) > 0.8
+    assert run("check", data)[0] == 0
