@@ -1,6 +1,6 @@
 """Animate the person of a picture with the motion of a driving video (paper Fig. 2a).
 
-    python sample.py ref.png drive.mp4 --masks masks/ --reference-mask ref_mask.png
+    python sample.py                                      # the drawn example, by the small model that comes with the code
     python sample.py photo.jpg dance.mp4 --backbone CogVideoX1.5-5B-I2V --checkpoint directanimator.safetensors -o out.mp4
 
 The steps, one network in memory at a time: find the person and the face in every driving frame (cues.py); text to T5 states;
@@ -11,82 +11,84 @@ at the driving clip's own rate and with its sound.
 import argparse
 from pathlib import Path
 
+ASSETS = Path(__file__).parent / "assets"
+EXAMPLE = {  # what is animated when nothing is given
+    "reference": ASSETS / "ref.png",
+    "drive": ASSETS / "drive.mp4",
+    "masks": ASSETS / "masks",
+    "reference_mask": ASSETS / "ref_mask.png",
+}
 
+
+# fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import cues
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
-    parser.add_argument("reference", type=Path, help="picture of the person to animate")
-    parser.add_argument(
-        "drive", type=Path, help="video (or folder of numbered frames) whose motion is followed"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, help="mp4 to write (default: REFERENCE_DRIVE.mp4 in this folder)"
-    )
-    group = parser.add_argument_group("networks")
-    group.add_argument(
-        "--preset",
-        choices=["tiny"],
-        help="small networks with random weights: runs every stage, paints noise",
-    )
-    group.add_argument(
-        "--backbone", type=Path, metavar="DIR", help="local copy of the CogVideoX1.5-5B-I2V repository"
-    )
-    group.add_argument("--checkpoint", type=Path, metavar="FILE", help="DiT weights that train.py wrote")
-    group.add_argument("--device", help="cuda, mps or cpu (default: the best one present)")
-    group.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float32"],
-        help="of the networks (default: bfloat16 where the hardware has it)",
-    )
-    group.add_argument("--tile", action="store_true", help="run the VAE in tiles: less memory, more work")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--prompt", default="", help="describe the person and the background")
-    group.add_argument(
-        "--guidance", type=float, default=3.0, help="text guidance; 1 turns it off and halves the work"
-    )
-    group.add_argument(
-        "--sampler",
-        choices=["dpm", "ddim"],
-        default="dpm",
-        help="DPM-Solver++(2M) SDE, or deterministic DDIM",
-    )
-    group.add_argument("--steps", type=int, default=50, help="denoising steps")
-    group.add_argument("--seed", type=int, default=0, help="of all noise; the same on every device")
-    group.add_argument(
-        "--area", type=int, default=512 * 512, help="pixels of the output, which has the reference's aspect"
-    )
-    group.add_argument("--fps", type=float, help="pick driving frames at this rate (default: every frame)")
+    add = parser.add_argument
+    add("reference", type=Path, nargs="?", help="picture of the person to animate (default: a drawn one)")
+    add("drive", type=Path, nargs="?", help="video, or folder of numbered frames, whose motion is followed")
+    add("-o", "--output", type=Path, help="mp4 to write (default: REFERENCE_DRIVE.mp4 in this folder)")
+    add("--compare", action="store_true", help="also write OUTPUT_compare.mp4: reference, driver, cues, output side by side")
+    add = parser.add_argument_group("networks").add_argument
+    add("--backbone", type=Path, metavar="DIR", help="local copy of the CogVideoX1.5-5B-I2V repository")
+    add("--preset", choices=["toy", "tiny"], help="instead of a backbone: toy, the embedded model of the drawn world (the "
+        "default); tiny, random weights that run every stage and paint noise")
+    add("--checkpoint", type=Path, metavar="FILE", help="DiT weights that train.py wrote (toy: assets/toy.safetensors)")
+    add("--device", help="cuda, mps or cpu (default: the best one present)")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the networks (default: bfloat16 where the hardware has it)")
+    add("--tile", action="store_true", help="run the VAE in tiles: less memory, more work")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--prompt", default="", help="describe the person and the background")
+    add("--guidance", type=float, default=3.0, help="text guidance; 1 turns it off and halves the work")
+    add("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) SDE, or deterministic DDIM")
+    add("--steps", type=int, default=50, help="denoising steps")
+    add("--seed", type=int, default=0, help="of all noise; the same on every device")
+    add("--area", type=int, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
+    add("--fps", type=float, help="pick driving frames at this rate (default: every frame)")
     cues.add_arguments(parser)
-    return parser, parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.backbone and args.preset:
+        parser.error("--backbone and --preset exclude each other: give one")
+    if args.reference and not args.drive:
+        parser.error("give REFERENCE and DRIVE, or neither for the drawn example")
+    if args.reference is None:
+        for name, path in EXAMPLE.items():
+            setattr(args, name, path)
+    args.preset = args.preset or (None if args.backbone else "toy")
+    if args.preset == "toy" and args.prompt:
+        parser.error("--prompt needs a --backbone: the drawn world knows no words")
+    args.area = args.area or (96 * 96 if args.preset == "toy" else 512 * 512)
+    return parser, args
+# fmt: on
 
 
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()  # before torch is imported: --help answers at once
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import cues  # noqa: E402
-from data import encode_cues, encode_image, image_condition, padded, to_tensor  # noqa: E402
+from data import encode_cues, encode_image, image_condition, padded, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
-from load_cogvideox import (
+from load_cogvideox import (  # noqa: E402
     load_text_encoder,
     load_tokenizer,
     load_transformer,
     load_vae,
     load_weights,
     pick_device,
-)  # noqa: E402
+)
 from model import DIT_PRESETS, DiT  # noqa: E402
 from text import T5_PRESETS, T5Encoder, empty_prompt  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
-from video import Video, check_output, cover, output_size, read_image, write_video  # noqa: E402
+from video import Video, check_output, cover, letterbox, output_size, read_image, write_video  # noqa: E402
 
 AI_GENERATED = "AI-generated with DirectAnimator; the person shown did not perform this motion"
 
@@ -107,27 +109,30 @@ def text_encoder(args, dtype):
 
 
 def vae(args, dtype) -> CausalVAE:
-    network = (
-        random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
-        if args.preset
-        else load_vae(args.backbone, dtype)
-    )
+    if args.preset == "toy":
+        network = load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].eval()
+    elif args.preset:
+        network = random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
+    else:
+        network = load_vae(args.backbone, dtype)
     network.tile(args.tile)
     return network
 
 
-def transformer(args, dtype) -> DiT:
-    if args.checkpoint:
-        network, header = load_weights(args.checkpoint, dtype)
-        print(f"{args.checkpoint}: stage {header.get('stage')}, step {header.get('step')}")
-        return network.eval()
+def transformer(args, dtype) -> tuple[DiT, int]:
+    """The DiT, and how many latents it saw at once in training: the window of long clips."""
+    if args.checkpoint or args.preset == "toy":
+        path = args.checkpoint or ASSETS / "toy.safetensors"
+        network, header = load_weights(path, dtype)
+        print(f"{path}: stage {header.get('stage')}, step {header.get('step')}")
+        return network.eval(), header.get("window", 13)
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
-        return random_weights(DiT, DIT_PRESETS[args.preset], dtype)
+        return random_weights(DiT, DIT_PRESETS[args.preset], dtype), 13
     print(
-        "No --checkpoint: plain CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion."
+        "No --checkpoint: CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion."
     )
-    return load_transformer(args.backbone, dtype).eval()
+    return load_transformer(args.backbone, dtype).eval(), 13
 
 
 def random_weights(network_class, config, dtype):
@@ -144,6 +149,8 @@ def random_weights(network_class, config, dtype):
 @torch.inference_mode()
 def encode_text(args, device, dtype) -> Tensor:
     """T5 states of [prompt, null text], (2, 226, D_text), or of the prompt alone without guidance. T5 is freed on return."""
+    if args.preset == "toy":
+        return toy_text()[None]  # one state: nothing to guide away from
     tokenizer, t5 = text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
         raise ValueError("--prompt needs the tokenizer: spiece.model in the backbone's tokenizer folder")
@@ -166,7 +173,9 @@ def encode(args, vae: CausalVAE, device, reference, own: cues.Cues, frames) -> t
 
 
 @torch.inference_mode()
-def denoise(args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, face: Tensor) -> Tensor:
+def denoise(
+    args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, face: Tensor, window: int
+) -> Tensor:
     """Sample clean latents (1, f, 16, h, w) for the driving frames; slot 0, the reference's, is dropped at the end."""
     slots = pose.shape[1]
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: one seed, one picture, on every device
@@ -187,9 +196,8 @@ def denoise(args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, f
     extra = {"noise": draw} if args.sampler == "dpm" else {}
     progress = lambda steps: tqdm(steps, desc="denoise", unit="step")  # noqa: E731
     latents = draw().to(device)
-    latents = solver(
-        windows(velocity, slots - 1), latents, Schedule(), args.steps, progress=progress, **extra
-    )
+    fused = windows(velocity, slots - 1, window, stride=max(window // 3, 1) * 2)
+    latents = solver(fused, latents, Schedule(), args.steps, progress=progress, **extra)
     return latents[:, 1:].cpu()
 
 
@@ -201,10 +209,20 @@ def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
             yield ((frame[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+def comparison(reference: np.ndarray, driver, cue_rows, output):
+    """Frames of reference | driver | pose cue | face cue | Location Cue over the reference | output, one height."""
+    height, width = reference.shape[:2]
+    for frame, (pose, face, body, face_mask), made in zip(driver, cue_rows, output):
+        pose, face = (((c.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8) for c in (pose, face))
+        place = np.maximum(body, face_mask)[0, :, :, None]
+        located = (reference * (0.25 + 0.75 * place)).astype(np.uint8)
+        yield np.concatenate([reference, letterbox(frame, height, width), pose, face, located, made], axis=1)
+
+
 def animate(args) -> None:
-    if (args.preset is None) == (args.backbone is None):
-        raise ValueError(
-            "give --backbone DIR (a local copy of CogVideoX1.5-5B-I2V) or --preset tiny (random weights)"
+    if args.preset == "toy" and args.reference != EXAMPLE["reference"]:
+        print(
+            "No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph."
         )
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
     check_output(output, args.reference, args.drive, suffixes=(".mp4",))
@@ -233,18 +251,22 @@ def animate(args) -> None:
         args, network, device, reference, own, tqdm(drive, desc="encode", unit="frame", total=frames)
     )
     del network
-    network = transformer(args, dtype).to(device)
-    latents = denoise(args, network, device, text, image, pose, face)
+    network, window = transformer(args, dtype)
+    latents = denoise(args, network.to(device), device, text, image, pose, face, window)
     del network
     network = vae(args, dtype).to(device)
+    audio = args.drive if source.has_audio else None
     write_video(
-        output,
-        pictures(network, latents, frames, device),
-        source.fps,
-        audio=args.drive if source.has_audio else None,
-        comment=AI_GENERATED,
+        output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED
     )
     print(f"wrote {output}")
+    if args.compare:
+        side = output.with_name(f"{output.stem}_compare.mp4")
+        rows = comparison(
+            reference, source, cues.render(source, track, (height, width), options), Video(output)
+        )
+        write_video(side, rows, source.fps, audio=audio, comment=AI_GENERATED)
+        print(f"wrote {side}")
 
 
 def main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -328,7 +328,7 @@ def save_checkpoint(args, ranks: "Ranks", step: int, model, ema, optimizer) -> N
     """
     run = args.output
     final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
-    header = {"preset": args.preset, "stage": args.stage, "step": step}
+    header = {"preset": args.preset, "stage": args.stage, "step": step, "window": args.window}
     failure = None
     if ranks.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -405,7 +405,7 @@ def export(run: Path, output: Path) -> None:
     if output.suffix != ".safetensors":
         raise ValueError(f"-o {output}: give a name that ends in .safetensors")
     network, header = load_weights(newest_weights(run))
-    kept = {name: header[name] for name in ("preset", "stage", "step")}
+    kept = {name: header[name] for name in ("preset", "stage", "step", "window")}
     save_weights(output, network, dtype=torch.bfloat16, **kept)
     print(f"wrote {output}: stage {kept['stage']}, step {kept['step']}, {output.stat().st_size / 1e6:.1f} MB")
 

@@ -12,7 +12,7 @@ import pytest
 import cues
 import sample
 import toy
-from video import Video, write_image, write_video
+from video import Video, read_image, write_image, write_video
 
 from conftest import ROOT
 
@@ -101,12 +101,38 @@ def test_guidance_1_is_the_prompt_alone_and_batched_guidance_is_the_formula(exam
     _, args = sample.parse_args(
         arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None)
     )
-    latents = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue)
+    latents = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue, 13)
     assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), (
         "x0 = -v at step 999"
     )
-    latents = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue)
+    latents = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue, 13)
     assert torch.allclose(latents, torch.full_like(latents, -0.2), atol=1e-6)
+
+
+def test_comparison_shows_reference_driver_cues_and_output(example, tmp_path):
+    """One row of six pictures a frame; catches a lost frame, a wrong order and cues of another size."""
+    out = tmp_path / "out.mp4"
+    run(example, "-o", out, "--guidance", 1, "--compare")
+    frames, made = list(Video(tmp_path / "out_compare.mp4")), list(Video(out))
+    assert len(frames) == 10 and frames[0].shape == (96, 6 * 64, 3)
+    reference = read_image(example / "ref.png").astype(int)
+    assert np.abs(frames[3][:, :64] - reference).mean() < 8
+    assert np.abs(frames[3][:, 320:].astype(int) - made[3]).mean() < 8
+    assert frames[3][:, 128:192].std() > 10, "a pose cue"
+
+
+def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
+    _, args = sample.parse_args([])
+    assert args.reference.name == "ref.png" and args.drive.name == "drive.mp4" and args.preset == "toy"
+    assert all(path.exists() for path in sample.EXAMPLE.values()) and args.area == 96 * 96
+    for words, named in (
+        (["ref.png"], "DRIVE"),
+        (["--prompt", "a dancer"], "--backbone"),
+        (["--preset", "tiny", "--backbone", "x"], "--preset"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            sample.parse_args(words)
+        assert end.value.code == 2 and named in capsys.readouterr().err
 
 
 def test_the_picture_follows_the_cues_and_the_reference(example, tmp_path):
