@@ -515,8 +515,8 @@ def plot_losses(run: Path) -> None:
         axis.plot(*zip(*[(line["step"], line[name]) for line in lines if name in line]))
         axis.set(title=name, xlabel="step")
     if levels:
-        last = np.array(levels[-20:], dtype=float)  # None, a bin that no sample fell into, becomes nan
-        axes[-1].bar(range(50, 1000, 100), np.nanmean(last, axis=0), width=80)
+        recent = [[level for level in bin if level is not None] for bin in zip(*levels[-20:])]
+        axes[-1].bar(range(50, 1000, 100), [np.mean(bin or [0]) for bin in recent], width=80)
         axes[-1].set(title="denoise by noise level", xlabel="diffusion step")
     figure.tight_layout()
     figure.savefig(run / ".loss.png")

@@ -1,9 +1,11 @@
 """Both training stages on a tiny data folder: Eq. 4, the teacher, resume, ranks, mistakes."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,9 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import load_cogvideox
 import train
-from load_cogvideox import save_weights
+from load_cogvideox import load_weights, save_weights
 from model import DIT_PRESETS, DiT
+from vae import VAE_PRESETS, CausalVAE
+from video import read_image
 
 from conftest import ROOT
 
@@ -181,8 +186,12 @@ def torchrun(ranks, args):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("ranks, shard", [(2, "none"), (2, "optimizer"), (4, "full")])
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize(
+    "stage, ranks, shard",
+    [("1", 2, "none"), ("2", 2, "full")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in
+       (("2", 2, "none"), ("1", 4, "none"), ("1", 2, "optimizer"), ("2", 4, "optimizer"), ("1", 4, "full"))],
+)  # fmt: skip
 def test_any_ranks_and_shards_equal_one_rank(folder, teacher, tmp_path, stage, ranks, shard):
     """In float64: losses and weights to 1e-9, with accumulation; catches wrong sample indices, averaging and slices."""
     extra = ["--teacher", teacher] if stage == "2" else []
@@ -207,6 +216,235 @@ def test_noise_levels_cover_their_intervals_and_samples_do_not_depend_on_ranks(f
         assert torch.equal(whole[name], torch.cat([h[name] for h in halves])), name
     orders = {tuple(clips.batch(s, range(8), 8)["step"].tolist()) for s in range(4)}
     assert len(orders) == 4
+
+
+def test_learning_rate_warms_up_stays_and_cools_down(folder, tmp_path):
+    _, args = train.parse_args(
+        arguments(folder, tmp_path, "--steps", 100, "--warmup", 10, "--cooldown", 0.2, "--lr", 1)
+    )
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (k + 1) for k in range(10)]) and set(rates[10:81]) == {1.0}
+    assert rates[80:] == pytest.approx([1 - 0.05 * k for k in range(20)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_sharded_runs_resume_on_another_number_of_ranks(folder, teacher, tmp_path, stage):
+    """4 slices to 2: same samples and noise, equal to rounding; the run is as if nothing had happened."""
+    extra = ["--teacher", teacher] if stage == "2" else []
+    common = ["--dtype", "float64", "--log-every", 1, "--cooldown", 0, *extra]
+    straight = run_training(folder, tmp_path / "a", "--steps", 4, *common, "--batch", 4, stage=stage)
+    run, common = tmp_path / "b", [*common, "--shard", "full"]
+    torchrun(4, arguments(folder, run, "--steps", 2, *common, "--batch", 1, stage=stage))
+    torchrun(2, arguments(folder, run, "--steps", 4, *common, "--batch", 2, "--resume", stage=stage))
+    a, b = weights_of(straight), weights_of(run)
+    assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-30) for k in a) < 1e-9
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------
+
+
+def test_teacher_may_be_a_run_a_safetensors_or_a_pt_file(folder, teacher, tmp_path):
+    """All three train the same student; of a .pt file only weights are read."""
+    averaged = train.checkpoints(teacher)[-1] / "ema.safetensors"
+    torch.save(load_file(averaged), tmp_path / "plain.pt")
+    torch.save({"model": load_file(averaged)}, tmp_path / "nested.pt")
+    results = []
+    for given in (teacher, averaged, tmp_path / "plain.pt", tmp_path / "nested.pt"):
+        run = run_training(folder, tmp_path / f"{len(results)}", "--steps", 2, "--teacher", given, stage="2")
+        results.append(weights_of(run))
+    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])
+    torch.save({"model": print}, tmp_path / "code.pt")
+    assert "weights only" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "code.pt", stage="2")
+    torch.save({"model": {}}, tmp_path / "empty.pt")
+    assert "missing" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "empty.pt", stage="2")
+
+
+def test_only_the_first_blocks_of_a_teacher_are_read(teacher, monkeypatch):
+    """And they say what the whole model says there."""
+    path, read = train.newest_weights(teacher), []
+    whole_model, _ = load_weights(path)
+    real = load_cogvideox.fill
+    monkeypatch.setattr(
+        load_cogvideox,
+        "fill",
+        lambda net, plan, dtype: (read.extend(n for _, n, _ in plan), real(net, plan, dtype)),
+    )
+    short, _ = load_weights(path, depth=1)
+    assert len(short.blocks) == 1 and not [name for name in read if name.startswith("blocks.1")]
+    x, cue, text, step = (
+        torch.randn(1, 4, 32, 4, 4),
+        torch.randn(1, 4, 17, 4, 4),
+        torch.randn(1, 3, 32),
+        torch.tensor([7]),
+    )
+    assert torch.equal(
+        short.features(x, step, text, cue, cue, 1), whole_model(x, step, text, cue, cue, tap=1)[1]
+    )
+
+
+def test_export_writes_the_averaged_weights_in_bfloat16(folder, teacher, tmp_path):
+    train.export(teacher, tmp_path / "out.safetensors")
+    exported, header = load_weights(tmp_path / "out.safetensors")
+    averaged = weights_of(teacher, "ema")
+    assert header["stage"] == "1" and header["step"] == 3 and header["window"] == 5
+    assert all(torch.equal(p, averaged[name].bfloat16()) for name, p in exported.named_parameters())
+    with pytest.raises(ValueError, match=".safetensors"):
+        train.export(teacher, tmp_path / "out.bin")
+
+
+def test_strips_and_plots_are_written_while_it_runs(folder, tmp_path):
+    """A strip a report, as high as four clips, and one loss plot; the log has every term, by noise level too."""
+    torch.manual_seed(0)
+    save_weights(tmp_path / "vae.safetensors", CausalVAE(VAE_PRESETS["tiny"]))
+    run = run_training(
+        folder,
+        tmp_path / "run",
+        "--steps",
+        4,
+        "--eval-every",
+        2,
+        "--log-every",
+        1,
+        "--vae",
+        tmp_path / "vae.safetensors",
+    )
+    strips = [read_image(run / f"samples-{step:07d}.png") for step in (2, 4)]
+    assert all(strip.shape == (4 * 48, 32 + 3 * 3 * 32, 3) for strip in strips) and not np.array_equal(
+        *strips
+    )
+    assert read_image(run / "loss.png").std() > 10
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out" in line] == [2, 4]
+    assert all(len(line["denoise_by_step"]) == 10 for line in lines if "denoise" in line)
+
+
+def test_a_resumed_log_has_every_step_once(folder, tmp_path):
+    run = run_training(folder, tmp_path / "run", "--steps", 4, "--log-every", 1, "--save-every", 2)
+    with open(run / "log.jsonl", "a") as file:
+        file.write(
+            '{"step": 5, "denoise": 1.0}\n{"step": 6, "den'
+        )  # beyond the checkpoint, and cut by a kill
+    run_training(folder, run, "--steps", 6, "--log-every", 1, "--resume")
+    steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(folder, tmp_path, monkeypatch):
+    run = run_training(folder, tmp_path / "run", "--steps", 2)
+    before = weights_of(run)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place, name in ((train, "save_weights"), (train.dcp, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, full)
+            said = mistake(folder, run, "--steps", 4, "--resume")
+        assert "disk is full" in said and "MiB" in said
+        assert all(torch.equal(before[k], weights_of(run)[k]) for k in before)
+        assert [p.name for p in run.glob(".part*")] == [], "nothing half-written"
+
+
+def kill_at(folder, run, seconds, *extra):
+    """Start a training and kill -9 it after so many seconds, or let it finish; its exit code."""
+    command = [sys.executable, "train.py", *arguments(folder, run, *extra)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return -9
+    assert process.returncode == 0, said
+    return 0
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_moments_always_leaves_a_whole_checkpoint(folder, tmp_path):
+    """Saving at every step, so that most kills fall into a save; each time --resume goes on, and the end is the straight run's."""
+    straight = run_training(
+        folder, tmp_path / "straight", "--steps", 4000, "--save-every", 4000, "--log-every", 1000
+    )
+    rng, run, last = np.random.default_rng(0), tmp_path / "run", -1
+    extra = ["--steps", 4000, "--save-every", 1, "--log-every", 1000, "--resume"]
+    for _ in range(20):
+        assert kill_at(folder, run, 5 + 2 * rng.random(), *extra) == -9, (
+            "faster than the test expects: raise --steps"
+        )
+        for path in train.checkpoints(run):
+            step = load_weights(path / "model.safetensors")[1]["step"]
+            assert path.name == f"step-{step:07d}"
+        assert step > last, "no progress between two kills"
+        last = step
+    assert kill_at(folder, run, 1000, *extra[:2], "--save-every", 4000, "--resume") == 0
+    a, b = weights_of(straight), weights_of(run)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- data faults and buckets ----------------------------------------------------------------------------------------------
+
+
+def test_damaged_clips_are_named_counted_and_replaced(folder, tmp_path, capsys):
+    """A cut file, a missing pseudo cue, a clip of another size; a sample of the next whole clip stands in for each."""
+    broken = shutil.copytree(folder, tmp_path / "data")
+    cut, bare, small = (broken / "cache" / f"{n}.safetensors" for n in (0, 1, 2))
+    cut.write_bytes(cut.read_bytes()[:1000])
+    save_file({k: v for k, v in load_file(bare).items() if not k.startswith("pseudo")}, bare)
+    save_file({k: v[..., :2].contiguous() if v.ndim > 3 else v for k, v in load_file(small).items()}, small)
+    _, args = train.parse_args(arguments(broken, tmp_path, "--teacher", "x", stage="2"))
+    clips = train.data.Clips(broken, args, 0.7)
+    batch = clips.batch(0, range(6), 6)
+    assert clips.skipped == 6 and clips.named == {"0", "1", "2"}, "0 tries 0, 1, 2; 1 tries 1, 2; 2 tries 2"
+    said = capsys.readouterr().err
+    assert all(f"{n}.safetensors" in said for n in "012") and "3.safetensors" not in said
+    assert batch["latents"].shape == (6, 6, 16, 6, 4) and batch["latents"].isfinite().all()
+    teacher = run_training(folder, tmp_path / "teacher", "--steps", 1)
+    run = run_training(
+        broken,
+        tmp_path / "run",
+        "--steps",
+        3,
+        "--batch",
+        6,
+        "--log-every",
+        1,
+        "--teacher",
+        teacher,
+        stage="2",
+    )
+    counts = [json.loads(line)["skipped_samples"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert counts[-1] == 18 and counts == sorted(counts), "counted when read, a step or two ahead"
+    for n in range(3, 6):
+        (broken / "cache" / f"{n}.safetensors").unlink()
+    assert "check" in mistake(broken, tmp_path / "r", "--teacher", teacher, stage="2")
+
+
+def test_a_step_sees_one_bucket_and_an_epoch_every_clip(folder, tmp_path):
+    """Two sizes, 4 and 2 clips, batches of 2: three steps an epoch; every clip once, never two sizes in a step."""
+    mixed = shutil.copytree(folder, tmp_path / "data")
+    lines = [json.loads(line) for line in (mixed / "clips.jsonl").read_text().splitlines()]
+    for line in lines[:2]:
+        path = mixed / "cache" / f"{line['id']}.safetensors"
+        tensors = {
+            k: v[..., :2] if v.ndim > 3 else v[..., :2] if k in ("body", "face_mask") else v
+            for k, v in load_file(path).items()
+        }
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+        line["width"] = 16
+    (mixed / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, args = train.parse_args(arguments(mixed, tmp_path))
+    clips = train.data.Clips(mixed, args, 0.7)
+    for epoch in range(3):
+        seen = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            bucket, places = clips.places(step, 2)
+            assert len({bucket[p]["width"] for p in places}) == 1
+            seen += [bucket[p]["id"] for p in places]
+            assert clips.batch(step, range(2), 2)["pose"].shape[-1] == bucket[places[0]]["width"] // 8
+        assert sorted(seen) == ["0", "1", "2", "3", "4", "5"]
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,176 @@
+"""What a training step costs before it runs: tokens, FLOPs, and bytes on each rank, part by part.
+
+    python budget.py                                   # the 5B model on 1, 4, 8 and 64 GPUs
+    python train.py --stage 2 ... --dry-run            # the same arithmetic for one run
+
+Parameters are counted on a network without memory (the meta device), so they are exact, and so are the bytes of everything
+that lives from step to step. What lives within a step (gathered weights, activations) is the sum of the tensors that autograd
+keeps; `tests/test_budget.py` compares both with real ones.
+"""
+
+import argparse
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from model import DIT_PRESETS, DiT, DiTConfig
+
+GIB = 2**30
+PEAK = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "L40": 362e12,
+    "4090": 165e12,
+}  # dense bfloat16 FLOP/s
+MFU = 0.40  # share of the peak that an expected time assumes
+
+
+# ---- tokens and FLOPs ---------------------------------------------------------------------------------------------------
+
+
+def tokens(slots: int, h: int, w: int) -> int:
+    """Video tokens of `slots` latents of h x w: 2 x 2 x 2 latents each."""
+    return slots // 2 * (h // 2) * (w // 2)
+
+
+def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = None) -> float:
+    """One sample through the first `depth` blocks (default: all), two FLOPs a multiply-add, matrix products only.
+
+    A block is 24 D^2 for each of S tokens (q, k, v, out: 8; feed-forward: 16) and 4 D S^2 for attention. The cues cost nothing
+    here: Eq. 1 multiplies one vector a sample, Eq. 2 and 3 are elementwise.
+    """
+    D, S = config.dim, video + text
+    block = 24 * D**2 * S + 4 * D * S**2
+    if config.cue_channels and config.cue_injection == "cross":
+        block += 8 * D**2 * video + 4 * D * video**2
+    ends = (
+        2
+        * D
+        * (
+            8 * (config.in_channels + config.out_channels + 2 * config.cue_channels) * video
+            + config.text_dim * text
+        )
+    )
+    return (config.depth if depth is None else depth) * block + ends
+
+
+def step_flops(
+    config: DiTConfig, video: int, text: int, samples: int, checkpointing: bool, teacher_depth: int
+) -> float:
+    """Forward, twice that backward, once more if recomputed, and the teacher's first blocks; of `samples` samples."""
+    own = forward_flops(config, video, text) * (4 if checkpointing else 3)
+    return samples * (own + (forward_flops(config, video, text, teacher_depth) if teacher_depth else 0))
+
+
+# ---- bytes ----------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def parameters(config: DiTConfig) -> list[tuple[str, torch.Size]]:
+    with torch.device("meta"):
+        return [(name, p.shape) for name, p in DiT(config).named_parameters()]
+
+
+def numbers(config: DiTConfig, ranks: int = 1, prefix: str = "") -> int:
+    """How many numbers the fullest rank holds. FSDP2 cuts each tensor's rows into `ranks` shares, rounded up."""
+    shapes = (shape for name, shape in parameters(config) if name.startswith(prefix))
+    return sum(-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes)
+
+
+def state_bytes(
+    config: DiTConfig, ranks: int, shard: str, ema: bool, teacher_depth: int, master=4, compute=2
+) -> dict:
+    """What lives from step to step on the fullest rank: exact."""
+    own = numbers(config, 1 if shard == "none" else ranks) * master
+    parts = {"parameters": own, "gradients": own, "Adam's moments": 2 * own + 4 * len(parameters(config))}
+    if ema:
+        parts["average"] = own
+    if teacher_depth:
+        parts["teacher"] = numbers(replace(config, depth=teacher_depth)) * compute
+    return parts
+
+
+def working_bytes(config, shard, ranks, video, text, batch, checkpointing, master=4, compute=2) -> dict:
+    """What lives within a step, at its fullest moment: the backward pass through one block.
+
+    Weights in the compute dtype: `full` has two blocks at a time (one runs, the next is on its way), the others all. A gradient is
+    whole for a block or two before it is cut and sent. Of each block its input is kept; of the one that runs, all of it.
+    """
+    everything, block = numbers(config), numbers(config, prefix="blocks.0.")
+    gathered = (everything - (config.depth - 2) * block) if shard == "full" else everything
+    parts = {"weights in compute dtype": compute * gathered if compute != master or shard != "none" else 0}
+    if shard != "none":
+        parts["gradients on their way"] = (compute + master) * block
+    S, D = video + text, config.dim
+    streams = (
+        batch * D * (S + (2 * video if config.cue_channels and config.cue_injection == "cuefusion" else 0))
+    )
+    inside = batch * D * (KEPT_TOKEN * S + (KEPT_CUE * video if config.cue_channels else 0))
+    parts["activations"] = compute * (
+        config.depth * streams + inside if checkpointing else config.depth * inside
+    )
+    return parts
+
+
+KEPT_TOKEN, KEPT_CUE = 34, 10  # numbers of width D that autograd keeps of a token in a block, and of its cues
+
+
+def memory(
+    config, ranks, shard, ema, teacher_depth, video, text, batch, checkpointing, master=4, compute=2
+) -> dict:
+    """Bytes on the fullest rank by part."""
+    working = working_bytes(config, shard, ranks, video, text, batch, checkpointing, master, compute)
+    return state_bytes(config, ranks, shard, ema, teacher_depth, master, compute) | working
+
+
+def describe(parts: dict) -> str:
+    words = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value)
+    return f"{sum(parts.values()) / GIB:.1f} GiB a rank: {words}"
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------
+
+
+def table(
+    config: DiTConfig, video: int, text: int, align_depth: int, gpu: str = "H100", accumulate: int = 1
+) -> str:
+    """Markdown: GiB a rank and expected seconds a step for both stages, batch 1 a rank, checkpointing."""
+    lines = [
+        "| GPUs | --shard | stage 1, GiB | stage 2, GiB | samples a step | s a step, stage 1 | stage 2 |",
+        "|---" * 7 + "|",
+    ]
+    for ranks in (1, 4, 8, 64):
+        for shard in ("none", "optimizer", "full")[: 1 if ranks == 1 else 3]:
+            row = [str(ranks), shard]
+            for depth in (0, align_depth):
+                parts = memory(config, ranks, shard, False, depth, video, text, 1, True)
+                row.append(f"{sum(parts.values()) / GIB:.1f}")
+            row.append(str(ranks * accumulate))
+            row += [
+                f"{step_flops(config, video, text, accumulate, True, d) / (PEAK[gpu] * MFU):.1f}"
+                for d in (0, align_depth)
+            ]
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", choices=list(DIT_PRESETS), default="cogvideox1.5-5b")
+    parser.add_argument("--gpu", choices=list(PEAK), default="H100")
+    args = parser.parse_args()
+    config, slots, side, text, depth = DIT_PRESETS[args.preset], 14, 64, 226, 10
+    if args.preset != "cogvideox1.5-5b":
+        slots, side, text, depth = 6, 12, 4, 1
+    video = tokens(slots, side, side)
+    print(f"{numbers(config):,} parameters; {video:,} video and {text} text tokens a sample;")
+    print(
+        f"forward {forward_flops(config, video, text) / 1e12:,.2f} TFLOP; times at {MFU:.0%} of one {args.gpu}'s bfloat16 peak\n"
+    )
+    print(table(config, video, text, depth, args.gpu))
+
+
+if __name__ == "__main__":
+    main()
