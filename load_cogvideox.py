@@ -26,6 +26,7 @@ from text import T5Config, T5Encoder, Tokenizer
 from vae import CausalVAE, VAEConfig
 
 FORMAT = 1  # of our own weights files
+KINDS = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
 
 # Names on the hub -> names here, as whole-name patterns. Nothing is split, fused or transposed: each tensor maps to one.
 DIT_NAMES = [
@@ -388,7 +389,8 @@ def save_weights(
     path = Path(path)
     state = dict(network.named_parameters()) if state is None else state
     state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in state.items()}
-    header = {"format": FORMAT, "network": type(network).__name__, "config": asdict(network.config)} | header
+    kind = next(name for name, (cls, _) in KINDS.items() if isinstance(network, cls))  # FSDP2 renames classes
+    header = {"format": FORMAT, "network": kind, "config": asdict(network.config)} | header
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(state, temporary, metadata={"directanimator": json.dumps(header)})
@@ -423,8 +425,7 @@ def load_weights(
     if path.suffix in (".pt", ".pth"):
         return load_state_dict(path, dtype, config, depth), {}
     header = read_header(path)
-    kinds = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
-    network_class, config_class = kinds[header["network"]]
+    network_class, config_class = KINDS[header["network"]]
     stored = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()})
     if config and type(config) is not config_class:
         raise ValueError(f"{path}: holds a {header['network']}, which has no {type(config).__name__}")
