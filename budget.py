@@ -25,6 +25,10 @@ PEAK = {
     "4090": 165e12,
 }  # dense bfloat16 FLOP/s
 MFU = 0.40  # share of the peak that an expected time assumes
+KEPT_TOKEN, KEPT_CUE = 24, 6  # numbers of width D that autograd keeps of a token in a block, and of its cues
+PASSING = (
+    10  # those that come and go in the backward pass of one block, mostly the feed-forward's hidden layer
+)
 
 
 # ---- tokens and FLOPs ---------------------------------------------------------------------------------------------------
@@ -114,9 +118,6 @@ def working_bytes(config, shard, ranks, video, text, batch, checkpointing, maste
     return parts
 
 
-KEPT_TOKEN, KEPT_CUE = 34, 10  # numbers of width D that autograd keeps of a token in a block, and of its cues
-
-
 def memory(
     config, ranks, shard, ema, teacher_depth, video, text, batch, checkpointing, master=4, compute=2
 ) -> dict:
@@ -128,6 +129,41 @@ def memory(
 def describe(parts: dict) -> str:
     words = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value)
     return f"{sum(parts.values()) / GIB:.1f} GiB a rank: {words}"
+
+
+def capacity(device: torch.device, ranks_here: int) -> float | None:
+    """Bytes that one rank may fill: its GPU, or its share of the free RAM; None where the system does not say."""
+    if device.type == "cuda":
+        return 0.94 * torch.cuda.mem_get_info(device)[1]  # the rest is CUDA's own, and fragments
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return free * 1024 / ranks_here
+
+
+def nearest_fit(room: float, shard: str, ranks: int, batch: int, checkpointing: bool, needed) -> str | None:
+    """The setting nearest to the given one that fits, in words: sharding, recomputing, a smaller batch, more ranks.
+
+    needed: (shard, ranks, batch, checkpointing) -> bytes on a rank.
+    """
+    shards = ("none", "optimizer", "full")
+    for count in (ranks, *(2**k for k in range(1, 11) if 2**k > ranks)):
+        for rows, again in ((batch, checkpointing), (batch, True), (1, True)):
+            for mode in shards[shards.index(shard) :] if count > 1 else ("none",):
+                if needed(mode, count, rows, again) <= room:
+                    words = [f"--shard {mode}"] * (mode != shard) + ["--checkpointing"] * (
+                        again != checkpointing
+                    )
+                    words += [f"--batch {rows}"] * (rows != batch) + [f"{count} ranks"] * (count != ranks)
+                    return ", ".join(words)
+    return None
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bfloat16 peak of a GPU by its name."""
+    return next((peak for key, peak in PEAK.items() if key in name), None)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------------

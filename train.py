@@ -80,8 +80,9 @@ def parse_args(argv=None):
     add("--face", choices=["centered", "none"], default="centered", help="Face Cue (Table 3: S1)")
     add("--ref-slot", choices=["reference", "copy"], default="reference",
         help="what slot 0 holds; copy: CogVideoX's own padding")
-    add("--shard", choices=["none", "optimizer", "full"], default="none",
-        help="none: DDP; optimizer, full: FSDP2, gathering weights once a step or for each block anew")
+    add("--shard", choices=["none", "optimizer", "full"],
+        help="none: DDP; optimizer, full: FSDP2, gathering weights once a step or for each block anew (default: the "
+             "first that fits)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=default["checkpointing"],
         help="recompute blocks in the backward pass")
     add("--dtype", choices=["bfloat16", "float32", "float64"],
@@ -132,6 +133,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E4
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
+import budget  # noqa: E402
 import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
 from load_cogvideox import load_transformer, load_vae, load_weights, pick_device, save_weights  # noqa: E402
@@ -551,6 +553,12 @@ class Ranks:
     def count_all(self, number: int) -> int:
         return int(self.sum(torch.tensor(number, device=self.device)))
 
+    def peak(self) -> float | None:
+        """FLOP/s of this rank's GPU in bfloat16, if it is a known one."""
+        return (
+            budget.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        )
+
     def wait(self):
         if self.count > 1:
             dist.barrier()
@@ -586,6 +594,46 @@ def open_data(args, ranks: Ranks):
     return clips, test_clips
 
 
+def plan(args, clips, ranks: Ranks, compute, master) -> float:
+    """Print tokens, FLOPs and bytes, choose --shard if nobody did, refuse what cannot fit -> FLOPs of this rank's step."""
+    shapes = {name: t.shape for name, t in clips.batch(0, [0], 1).items()}
+    (_, slots, _, h, w), text = shapes["latents"], shapes["text"][1]
+    config, video = dit_config(args), budget.tokens(slots, h, w)
+    config = replace(config, cue_channels=0) if args.stage == "0" else config
+    teacher = args.align_depth if args.stage == "2" and args.s2x_weight else 0
+
+    def parts(shard, count, batch, checkpointing) -> dict:
+        state = config, count, shard, bool(args.ema), teacher, video, text, batch, checkpointing
+        return budget.memory(*state, master.itemsize, compute.itemsize)
+
+    here = ranks.count, args.batch, args.checkpointing
+    room = budget.capacity(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    needed = lambda *setting: sum(parts(*setting).values())  # noqa: E731
+    if args.shard is None:
+        modes = ("none", "optimizer", "full") if ranks.count > 1 else ("none",)
+        fitting = [mode for mode in modes if room is None or needed(mode, *here) <= room]
+        args.shard = (fitting or modes[-1:])[0]
+    if args.shard != "none" and ranks.count == 1:
+        raise ValueError(
+            f"--shard {args.shard} needs ranks to share with: torchrun --nproc_per_node 2 or more, or --shard none"
+        )
+    flops = budget.step_flops(config, video, text, args.batch * args.accumulate, args.checkpointing, teacher)
+    ranks.print(
+        f"{budget.numbers(config):,} parameters, {video:,} video and {text} text tokens a sample, "
+        f"{flops / 1e12:,.3g} TFLOP a step and rank"
+    )
+    said = budget.describe(parts(args.shard, *here)) + (
+        f"; {room / budget.GIB:.1f} are there" if room else ""
+    )
+    ranks.print(f"--shard {args.shard}: {said}")
+    if room and needed(args.shard, *here) > room:
+        nearest = budget.nearest_fit(room, args.shard, *here, needed)
+        raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
+    if peak := ranks.peak():
+        ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")
+    return flops
+
+
 def train(args) -> None:
     ranks, run = Ranks(args.device), args.output
     compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
@@ -594,9 +642,17 @@ def train(args) -> None:
     )  # weights, gradients, noise and losses
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     clips, test_clips = open_data(args, ranks)
+    flops = 0.0 if args.stage == "vae" else plan(args, clips, ranks, compute, master)
+    G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
+    ranks.print(
+        f"stage {args.stage}, preset {args.preset}: {len(clips)} clips, {G} samples a step on {ranks.count} x "
+        f"{ranks.device.type}, {str(compute).removeprefix('torch.')} ({ranks.reason})"
+    )
+    if args.dry_run:
+        return
 
     model = build(args)
-    if args.shard == "none":
+    if args.shard in ("none", None):  # None: the VAE
         model = model.to(ranks.device, master)
     else:
         model, autocast = shard(model, args, ranks, compute, master), nullcontext()
@@ -606,19 +662,15 @@ def train(args) -> None:
     else:
         objective = Denoising(model, args.align_depth, teacher)
         model.checkpointing = args.checkpointing
-    wrapped = DistributedDataParallel(objective) if ranks.count > 1 and args.shard == "none" else objective
+    wrapped = objective
+    if ranks.count > 1 and args.shard in ("none", None):
+        wrapped = DistributedDataParallel(
+            objective, gradient_as_bucket_view=True
+        )  # else gradients exist twice
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
-    ranks.print(
-        f"stage {args.stage}, preset {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(clips)} clips, {G} samples a step on {ranks.count} x {ranks.device.type}, "
-        f"{str(compute).removeprefix('torch.')} ({ranks.reason})"
-    )
-    if args.dry_run:
-        return
     run.mkdir(parents=True, exist_ok=True)
     restarted = (
         int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -681,9 +733,14 @@ def train(args) -> None:
             record |= {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)}
             log(record | {"skipped_samples": ranks.count_all(getattr(clips, "skipped", 0))})
             words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
+            used = (
+                f"MFU {flops * rate / ranks.peak():.0%}"
+                if ranks.peak()
+                else f"{flops * rate / 1e12:.3g} TFLOP/s"
+            )
             ranks.print(
                 f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
-                f"{waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
+                f"{used} | {waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
             )
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             report(args, done, objective, ema, test_clips, ranks, autocast, master, log)
