@@ -413,15 +413,31 @@ def read_header(path: str | Path) -> dict:
     return header
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; what a kill left half-written has a temporary name."""
+    return sorted(run.glob("step-*[0-9]"))
+
+
+def newest_weights(path: Path) -> Path:
+    """A weights file as it is; a run folder's newest checkpoint, its moving average first."""
+    steps = checkpoints(path) if path.is_dir() else []
+    if path.is_file():
+        return path
+    if not steps:
+        raise FileNotFoundError(f"{path}: no such weights file, and no run folder with a checkpoint in it")
+    averaged = steps[-1] / "ema.safetensors"
+    return averaged if averaged.is_file() else steps[-1] / "model.safetensors"
+
+
 def load_weights(
     path: str | Path, dtype: torch.dtype | None = None, config=None, depth: int | None = None
 ) -> tuple[nn.Module, dict]:
-    """(network, header) from one of our own files. With `config`, every field must agree with the file's.
+    """(network, header) from one of our own files, or a run folder's newest. With `config`, every field must agree with the file's.
 
     depth: build a DiT of only the first `depth` blocks; the tensors of the others are never read. A .pt file, a plain
     state dict, needs `config` and has an empty header. Raises FileNotFoundError or ValueError: see `compare`.
     """
-    path = Path(path)
+    path = newest_weights(Path(path))
     if path.suffix in (".pt", ".pth"):
         return load_state_dict(path, dtype, config, depth), {}
     header = read_header(path)

@@ -17,14 +17,12 @@ of ranks.
 """
 
 import argparse
-import errno
 import json
 import os
-import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,24 +118,18 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
-from torch.distributed.checkpoint.state_dict import (  # noqa: E402
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
-from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import budget  # noqa: E402
 import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
-from load_cogvideox import load_transformer, load_vae, load_weights, pick_device, save_weights  # noqa: E402
+from load_cogvideox import load_transformer, load_vae, load_weights, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
+from ranks import Ranks, load_checkpoint, rewind_log, save_checkpoint, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
@@ -208,17 +200,6 @@ def total_loss(losses: dict[str, Tensor], args) -> Tensor:
 # ---- networks -----------------------------------------------------------------------------------------------------------
 
 
-def newest_weights(path: Path) -> Path:
-    """A weights file as it is; a run folder's newest checkpoint, its moving average first."""
-    if path.is_file():
-        return path
-    steps = checkpoints(path)
-    if not steps:
-        raise FileNotFoundError(f"{path}: neither a weights file nor a run folder with a checkpoint in it")
-    averaged = steps[-1] / "ema.safetensors"
-    return averaged if averaged.is_file() else steps[-1] / "model.safetensors"
-
-
 def dit_config(args) -> DiTConfig:
     return replace(DIT_PRESETS[args.preset], cue_injection=args.cue_injection)
 
@@ -228,7 +209,7 @@ def load_backbone(path: Path, config: DiTConfig) -> DiT:
     if (path / "transformer").is_dir():
         return load_transformer(path)
     plain = replace(config, cue_channels=0, cue_injection="cuefusion")
-    backbone, _ = load_weights(newest_weights(path), torch.float32, plain)
+    backbone, _ = load_weights(path, torch.float32, plain)
     model = DiT(config)
     model.load_state_dict(backbone.state_dict(), strict=False)
     model.init_cues()  # again: they copy from the backbone
@@ -244,7 +225,7 @@ def build(args) -> nn.Module:
     if args.stage == "0":
         return DiT(replace(config, cue_channels=0, cue_injection="cuefusion"))
     if args.stage == "2" and args.init == "teacher":
-        return load_weights(newest_weights(args.teacher), config=config)[0]
+        return load_weights(args.teacher, config=config)[0]
     if args.backbone:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":
@@ -258,47 +239,12 @@ def load_teacher(args, dtype, device) -> DiT | None:
     """The frozen stage-1 model of stage 2: the embeddings and the first `align_depth` blocks, all it will ever run."""
     if args.stage != "2" or not args.s2x_weight:
         return None
-    path = newest_weights(args.teacher)
-    teacher, header = load_weights(path, dtype, dit_config(args), depth=args.align_depth)
+    teacher, header = load_weights(args.teacher, dtype, dit_config(args), depth=args.align_depth)
     if header.get("stage", "1") != "1":
-        raise ValueError(f"{path}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
+        raise ValueError(
+            f"{args.teacher}: --teacher must be a stage-1 model, this one is of stage {header['stage']}"
+        )
     return teacher.to(device).requires_grad_(False).eval()
-
-
-def shard(source: nn.Module, args, ranks: "Ranks", compute, master) -> nn.Module:
-    """FSDP2: each rank keeps its slice of every parameter (and gradient, moments, average) in float32.
-
-    A block's weights are gathered in the compute dtype when it runs; `full` drops them again after the forward pass and
-    gathers them anew in the backward pass. The source stays memory-mapped: a rank copies only its own slices.
-    """
-    with torch.device("meta"):
-        model = DiT(source.config).to(master)
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master)
-    for part in [*model.blocks, model]:
-        fully_shard(part, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=args.shard == "full")
-    model.to_empty(device=ranks.device)
-    copy_parameters(model, dict(source.named_parameters()))
-    return model
-
-
-@torch.no_grad()
-def copy_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Fill a model, sharded or not, from whole tensors."""
-    for name, p in model.named_parameters():
-        value = values[name].detach().to(p.device, p.dtype)
-        if isinstance(p, DTensor):
-            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-        p.copy_(value)
-
-
-def whole(state: dict[str, Tensor], ranks: "Ranks") -> dict[str, Tensor]:
-    """Sharded tensors gathered one after another, kept by rank 0 only, on the CPU; every rank has to call this."""
-    gathered = {}
-    for name, value in state.items():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        if ranks.rank == 0:
-            gathered[name] = value.detach().cpu()
-    return gathered
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -315,98 +261,11 @@ def learning_rate(step: int, args) -> float:
     return args.lr * min(up, 1.0, down)
 
 
-# ---- run folder ---------------------------------------------------------------------------------------------------------
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints, oldest first; what a kill left half-written has a temporary name."""
-    return sorted(run.glob("step-*[0-9]"))
-
-
-def save_checkpoint(args, ranks: "Ranks", step: int, model, ema, optimizer) -> None:
-    """step-0001200/: model.safetensors, ema.safetensors, and the optimizer in slices, one file a rank.
-
-    Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only.
-    """
-    run = args.output
-    final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
-    header = {"preset": args.preset, "stage": args.stage, "step": step, "window": args.window}
-    failure = None
-    if ranks.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    ranks.wait()
-    try:
-        for name, state in {"model": dict(model.named_parameters()), "ema": ema}.items():
-            if state := whole(state or {}, ranks):
-                save_weights(part / f"{name}.safetensors", model, state=state, **header)
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.save(state, checkpoint_id=part / "optimizer", no_dist=ranks.count == 1)
-    except (OSError, CheckpointException) as error:
-        failure = error
-    if ranks.count_all(failure is not None):
-        if ranks.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        raise OSError(save_error(run, model, ema, failure)) from None
-    if ranks.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for old in checkpoints(run)[: -args.keep or None]:
-            shutil.rmtree(old)
-
-
-def save_error(run: Path, model: nn.Module, ema: dict | None, failure: BaseException | None) -> str:
-    numbers = sum(p.numel() for p in model.parameters())
-    need, free = numbers * 4 * (4 if ema else 3), shutil.disk_usage(run).free
-    full = free < need or getattr(failure, "errno", None) == errno.ENOSPC
-    why = (
-        "the disk is full"
-        if full
-        else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
-    )
-    return f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; the last one stands"
-
-
-def load_checkpoint(args, ranks: "Ranks", model, ema, optimizer) -> int:
-    """Fill everything from the run folder's newest checkpoint; returns its step, 0 if there is none."""
-    found = checkpoints(args.output)
-    if not found:
-        return 0
-    weights, header = load_weights(found[-1] / "model.safetensors", config=model.config)
-    copy_parameters(model, dict(weights.named_parameters()))
-    if ema:
-        averaged, _ = load_weights(found[-1] / "ema.safetensors", config=model.config)
-        with swapped(model, ema):
-            copy_parameters(model, dict(averaged.named_parameters()))
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=found[-1] / "optimizer", no_dist=ranks.count == 1)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return header["step"]
-
-
-@contextmanager
-def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
-    """The model with its averaged weights inside the `with`; one tensor at a time, so no second copy."""
-
-    @torch.no_grad()
-    def swap():
-        for name, p in model.named_parameters() if ema else ():
-            trained = p.detach().clone()
-            p.copy_(ema[name])
-            ema[name].copy_(trained)
-
-    swap()
-    try:
-        yield
-    finally:
-        swap()
-
-
 def export(run: Path, output: Path) -> None:
     """The newest weights of a run, averaged if there is an average, as one bfloat16 file."""
     if output.suffix != ".safetensors":
         raise ValueError(f"-o {output}: give a name that ends in .safetensors")
-    network, header = load_weights(newest_weights(run))
+    network, header = load_weights(run)
     kept = {name: header[name] for name in ("preset", "stage", "step", "window")}
     save_weights(output, network, dtype=torch.bfloat16, **kept)
     print(f"wrote {output}: stage {kept['stage']}, step {kept['step']}, {output.stat().st_size / 1e6:.1f} MB")
@@ -433,7 +292,7 @@ class Meter:
             self.bins[0].index_add_(0, bins, losses["denoise"].detach().double())
             self.bins[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
 
-    def read(self, ranks: "Ranks") -> dict:
+    def read(self, ranks: Ranks) -> dict:
         record = {name: (ranks.sum(total)[0] / total[1]).item() for name, total in self.sums.items()}
         total, count = ranks.sum(self.bins).tolist()
         if sum(count):
@@ -444,7 +303,7 @@ class Meter:
 
 @torch.no_grad()
 def held_out_loss(
-    objective: nn.Module, clips: data.Clips, ranks: "Ranks", autocast, dtype, batches=4, size=16
+    objective: nn.Module, clips: data.Clips, ranks: Ranks, autocast, dtype, batches=4, size=16
 ) -> float:
     """Mean denoising loss of the test split: the same clips, noise and steps every time, no dropouts."""
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -461,7 +320,7 @@ def held_out_loss(
 
 @torch.no_grad()
 def sample_strip(
-    args, model: DiT, clips: data.Clips, ranks: "Ranks", autocast, dtype, count=4, steps=10
+    args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dtype, count=4, steps=10
 ) -> np.ndarray:
     """What the model makes of test clips, (rows, columns, 3) uint8: reference | pose cue, output, truth at three times.
 
@@ -494,14 +353,6 @@ def load_strip_vae(args) -> CausalVAE:
     return load_vae(args.vae) if args.vae.is_dir() else load_weights(args.vae)[0].eval()
 
 
-def rewind_log(run: Path, start: int) -> None:
-    """Drop the lines after the step that a run goes on from: they will be written again."""
-    path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole_lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-    path.write_text("".join(line for line in whole_lines if json.loads(line)["step"] <= start))
-
-
 def plot_losses(run: Path) -> None:
     """loss.png: every loss of log.jsonl over the steps, and the denoising loss by noise level."""
     import matplotlib
@@ -527,45 +378,6 @@ def plot_losses(run: Path) -> None:
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """Where this process stands among those that torchrun started; alone without torchrun."""
-
-    def __init__(self, device: str | None):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device, self.dtype, self.reason = pick_device(device)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-        if self.count > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-
-    @property
-    def mesh(self):
-        return dist.init_device_mesh(self.device.type, (self.count,))
-
-    def sum(self, value: Tensor) -> Tensor:
-        if self.count > 1:
-            dist.all_reduce(value)
-        return value
-
-    def count_all(self, number: int) -> int:
-        return int(self.sum(torch.tensor(number, device=self.device)))
-
-    def peak(self) -> float | None:
-        """FLOP/s of this rank's GPU in bfloat16, if it is a known one."""
-        return (
-            budget.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        )
-
-    def wait(self):
-        if self.count > 1:
-            dist.barrier()
-
-    def print(self, *words):
-        if self.rank == 0:
-            print(*words, flush=True)
 
 
 def to_device(batch: dict, device, dtype) -> dict:
@@ -655,7 +467,7 @@ def train(args) -> None:
     if args.shard in ("none", None):  # None: the VAE
         model = model.to(ranks.device, master)
     else:
-        model, autocast = shard(model, args, ranks, compute, master), nullcontext()
+        model, autocast = shard(model, args.shard == "full", ranks, compute, master), nullcontext()
     teacher = load_teacher(args, compute, ranks.device)
     if args.stage == "vae":
         objective = Coding(model)

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import budget
-import train
 from model import DIT_PRESETS, Block, DiT, rope_table
+from ranks import shard
 
 TINY, FULL = DIT_PRESETS["tiny"], DIT_PRESETS["cogvideox1.5-5b"]
 
@@ -64,17 +64,17 @@ def local_bytes(tensors) -> int:
 
 
 @pytest.mark.parametrize("teacher", [0, 1])
-@pytest.mark.parametrize("ranks, shard", [(2, "optimizer"), (4, "full"), (3, "full")])
-def test_states_equal_the_bytes_of_real_tensors(fake_ranks, ranks, shard, teacher):
+@pytest.mark.parametrize("ranks, how", [(2, "optimizer"), (4, "full"), (3, "full")])
+def test_states_equal_the_bytes_of_real_tensors(fake_ranks, ranks, how, teacher):
     """Parameters, gradients, moments, average and teacher of the fullest rank, exactly; 3 ranks divide no size evenly."""
     group = fake_ranks(ranks)
-    model = train.shard(DiT(TINY), Namespace(shard=shard), group, torch.float32, torch.float32)
+    model = shard(DiT(TINY), how == "full", group, torch.float32, torch.float32)
     ema = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    expected = budget.state_bytes(TINY, ranks, shard, True, teacher)
+    expected = budget.state_bytes(TINY, ranks, how, True, teacher)
     assert (
         local_bytes(model.parameters()) == expected["parameters"] == expected["average"] == local_bytes(ema)
     )

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import load_cogvideox
+import ranks
 import train
-from load_cogvideox import load_weights, save_weights
+from load_cogvideox import checkpoints, load_weights, newest_weights, save_weights
 from model import DIT_PRESETS, DiT
 from vae import VAE_PRESETS, CausalVAE
 from video import read_image
@@ -87,7 +88,7 @@ def run_training(*args, **kwargs):
 
 
 def weights_of(run, name="model"):
-    return load_file(train.checkpoints(run)[-1] / f"{name}.safetensors")
+    return load_file(checkpoints(run)[-1] / f"{name}.safetensors")
 
 
 def losses_of(run):
@@ -160,9 +161,7 @@ def test_resume_after_a_stop_equals_one_straight_run_bit_for_bit(folder, teacher
     for name in ("model", "ema"):
         a, b = weights_of(straight, name), weights_of(resumed, name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    a, b = (
-        (train.checkpoints(r)[-1] / "optimizer" / "__0_0.distcp").read_bytes() for r in (straight, resumed)
-    )
+    a, b = ((checkpoints(r)[-1] / "optimizer" / "__0_0.distcp").read_bytes() for r in (straight, resumed))
     assert len(a) > 1e5 and a == b, "moments and step counters"
 
 
@@ -246,7 +245,7 @@ def test_sharded_runs_resume_on_another_number_of_ranks(folder, teacher, tmp_pat
 
 def test_teacher_may_be_a_run_a_safetensors_or_a_pt_file(folder, teacher, tmp_path):
     """All three train the same student; of a .pt file only weights are read."""
-    averaged = train.checkpoints(teacher)[-1] / "ema.safetensors"
+    averaged = checkpoints(teacher)[-1] / "ema.safetensors"
     torch.save(load_file(averaged), tmp_path / "plain.pt")
     torch.save({"model": load_file(averaged)}, tmp_path / "nested.pt")
     results = []
@@ -262,7 +261,7 @@ def test_teacher_may_be_a_run_a_safetensors_or_a_pt_file(folder, teacher, tmp_pa
 
 def test_only_the_first_blocks_of_a_teacher_are_read(teacher, monkeypatch):
     """And they say what the whole model says there."""
-    path, read = train.newest_weights(teacher), []
+    path, read = newest_weights(teacher), []
     whole_model, _ = load_weights(path)
     real = load_cogvideox.fill
     monkeypatch.setattr(
@@ -337,7 +336,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(fold
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for place, name in ((train, "save_weights"), (train.dcp, "save")):
+    for place, name in ((ranks, "save_weights"), (ranks.dcp, "save")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, full)
             said = mistake(folder, run, "--steps", 4, "--resume")
@@ -374,7 +373,7 @@ def test_kill_9_at_20_random_moments_always_leaves_a_whole_checkpoint(folder, tm
         assert kill_at(folder, run, 5 + 2 * rng.random(), *extra) == -9, (
             "faster than the test expects: raise --steps"
         )
-        for path in train.checkpoints(run):
+        for path in checkpoints(run):
             step = load_weights(path / "model.safetensors")[1]["step"]
             assert path.name == f"step-{step:07d}"
         assert step > last, "no progress between two kills"
