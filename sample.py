@@ -9,6 +9,9 @@ at the driving clip's own rate and with its sound.
 """
 
 import argparse
+import hashlib
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
@@ -31,6 +34,13 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("reference", type=Path, nargs="?", help="picture of the person to animate (default: a drawn one)")
     add("drive", type=Path, nargs="?", help="video, or folder of numbered frames, whose motion is followed")
     add("-o", "--output", type=Path, help="mp4 to write (default: REFERENCE_DRIVE.mp4 in this folder)")
+    add("--pose", dest="pose_video", type=Path, metavar="VIDEO", help="take the Pose Cue from this video, as long as DRIVE; DRIVE gives the place")
+    add("--pose-masks", type=Path, metavar="PATH", help="its masks, as --masks are DRIVE's")
+    add("--face", dest="face_video", type=Path, metavar="VIDEO", help="take the Face Cue from this video, as long as DRIVE")
+    add("--face-masks", type=Path, metavar="PATH", help="its masks")
+    add("--cache", type=Path, default=Path("~/.cache/directanimator"), metavar="DIR",
+        help="remember masks and prompts here, so that a second run on the same files skips them")
+    add("--every-step", action="store_true", help="also write OUTPUT_steps.png: the middle frame as each step predicts it")
     add("--compare", action="store_true", help="also write OUTPUT_compare.mp4: reference, driver, cues, output side by side")
     add = parser.add_argument_group("networks").add_argument
     add("--backbone", type=Path, metavar="DIR", help="local copy of the CogVideoX1.5-5B-I2V repository")
@@ -40,11 +50,17 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--device", help="cuda, mps or cpu (default: the best one present)")
     add("--dtype", choices=["bfloat16", "float32"], help="of the networks (default: bfloat16 where the hardware has it)")
     add("--tile", action="store_true", help="run the VAE in tiles: less memory, more work")
+    add("--offload", action="store_true", help="send T5 and DiT to the device block by block: least memory, more time")
+    add("--compile", action="store_true", help="torch.compile the DiT: minutes at first, faster steps")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompt", default="", help="describe the person and the background")
     add("--guidance", type=float, default=3.0, help="text guidance; 1 turns it off and halves the work")
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) SDE, or deterministic DDIM")
-    add("--steps", type=int, default=50, help="denoising steps")
+    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+        help="part of the steps that is guided; elsewhere the null branch is not run")
+    add("--sequential", action="store_true", help="run the two guidance branches one after the other: less memory")
+    add("--steps", type=int, help="denoising steps (default: 50)")
+    add("--fast", action="store_true", help="20 steps")
     add("--seed", type=int, default=0, help="of all noise; the same on every device")
     add("--area", type=int, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
     add("--fps", type=float, help="pick driving frames at this rate (default: every frame)")
@@ -57,6 +73,16 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if args.reference is None:
         for name, path in EXAMPLE.items():
             setattr(args, name, path)
+    if args.fast and args.steps is not None:
+        parser.error("--fast is --steps 20: give one of them")
+    args.steps = (20 if args.fast else 50) if args.steps is None else args.steps
+    low, high = args.guidance_interval
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--guidance-interval {low} {high}: give 0 <= FROM <= TO <= 1")
+    for name in ("pose", "face"):
+        if getattr(args, f"{name}_masks") and not getattr(args, f"{name}_video"):
+            parser.error(f"--{name}-masks needs --{name}: the video whose masks they are")
+    args.cache = args.cache.expanduser()
     args.preset = args.preset or (None if args.backbone else "toy")
     if args.preset == "toy" and args.prompt:
         parser.error("--prompt needs a --backbone: the drawn world knows no words")
@@ -71,11 +97,12 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import cues  # noqa: E402
-from data import encode_cues, encode_image, image_condition, padded, to_tensor, toy_text  # noqa: E402
+from data import encode_cues, encode_image, image_condition, padded, save_cache, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
     load_text_encoder,
@@ -88,7 +115,7 @@ from load_cogvideox import (  # noqa: E402
 from model import DIT_PRESETS, DiT  # noqa: E402
 from text import T5_PRESETS, T5Encoder, empty_prompt  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
-from video import Video, check_output, cover, letterbox, output_size, read_image, write_video  # noqa: E402
+from video import Video, check_output, cover, letterbox, output_size, read_image, write_image, write_video  # noqa: E402
 
 AI_GENERATED = "AI-generated with DirectAnimator; the person shown did not perform this motion"
 
@@ -143,6 +170,60 @@ def random_weights(network_class, config, dtype):
     return network.to(dtype).eval()
 
 
+def place(args, network: nn.Module, device) -> nn.Module:
+    """Move a network to the device: all of it, or with --offload everything but its blocks, each of which is there only while it
+    runs and waits, memory-mapped, in its file."""
+    if not args.offload:
+        return network.to(device)
+    for child in network.children():
+        if child is not network.blocks:
+            child.to(device)
+    homes = {p: p.data for p in network.blocks.parameters()}
+
+    def fetch(block, inputs):
+        for p in block.parameters():
+            p.data = p.data.to(device, non_blocking=True)
+
+    def release(block, inputs, output):
+        for p in block.parameters():
+            p.data = homes[p]
+
+    for block in network.blocks:
+        block.register_forward_pre_hook(fetch)
+        block.register_forward_hook(release)
+    return network
+
+
+# ---- what a second run need not do again -----------------------------------------------------------------------------------
+
+
+def digest(*things) -> str:
+    """A name for what depends on these files (by path, size and time) and values."""
+    total = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, Path):
+            files = sorted(thing.iterdir()) if thing.is_dir() else [thing]
+            thing = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        total.update(thing if isinstance(thing, bytes) else repr(thing).encode())
+    return total.hexdigest()[:32]
+
+
+def analysed(args, video, reference, find, masks: Path | None, options, progress=iter) -> cues.Track:
+    """Pass 1 of `cues.py` over a clip (a Video, or the reference alone), remembered in --cache. find(): the finder."""
+    networks = [str(path) for path in (args.segmenter, args.sam, args.face_model)]
+    source = video.path if isinstance(video, Video) else "reference"
+    name = digest(
+        source, masks, reference.tobytes(), reference.shape, networks, args.person, args.fps, options
+    )
+    path = args.cache / "cues" / f"{name}.npz"
+    if path.is_file():
+        return cues.Track.load(path)
+    track = cues.analyse(video, reference, find(), options, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    track.save(path)
+    return track
+
+
 # ---- the pipeline -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,22 +232,27 @@ def encode_text(args, device, dtype) -> Tensor:
     """T5 states of [prompt, null text], (2, 226, D_text), or of the prompt alone without guidance. T5 is freed on return."""
     if args.preset == "toy":
         return toy_text()[None]  # one state: nothing to guide away from
+    prompts = [args.prompt] + [""] * (args.guidance != 1)
+    folder = args.backbone / "text_encoder" if args.backbone else args.preset
+    path = args.cache / "text" / f"{digest(folder, prompts, dtype)}.safetensors"
+    if path.is_file():
+        return load_file(path)["text"].to(device)
     tokenizer, t5 = text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
         raise ValueError("--prompt needs the tokenizer: spiece.model in the backbone's tokenizer folder")
-    ids = [tokenizer([args.prompt]) if args.prompt else empty_prompt()] + [empty_prompt()] * (
-        args.guidance != 1
-    )
-    t5.to(device)
-    return torch.cat([t5(i.to(device)) for i in ids])
+    t5 = place(args, t5, device)
+    text = torch.cat([t5((tokenizer([p]) if p else empty_prompt()).to(device)) for p in prompts])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_cache({"text": text.cpu()}, path)
+    return text
 
 
 @torch.inference_mode()
-def encode(args, vae: CausalVAE, device, reference, own: cues.Cues, frames) -> tuple[Tensor, Tensor, Tensor]:
+def encode(args, vae: CausalVAE, device, reference, own, frames) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's latent (1,16,h,w), and pose and face cues (1, 1+f, 17, h, w) whose slot 0 is the reference's own."""
     scale = vae.config.scaling_factor
     image = encode_image(vae, to_tensor(reference)[None].to(device))
-    own = encode_cues(vae, own.frames(), device, scale)
+    own = encode_cues(vae, own, device, scale)
     drive = encode_cues(vae, padded(frames), device, scale)
     pose, face = (torch.cat(pair, dim=1) for pair in zip(own, drive))
     return image.cpu(), pose, face
@@ -175,30 +261,47 @@ def encode(args, vae: CausalVAE, device, reference, own: cues.Cues, frames) -> t
 @torch.inference_mode()
 def denoise(
     args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, face: Tensor, window: int
-) -> Tensor:
-    """Sample clean latents (1, f, 16, h, w) for the driving frames; slot 0, the reference's, is dropped at the end."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Sample clean latents (1, f, 16, h, w) for the driving frames; slot 0, the reference's, is dropped at the end.
+
+    text is [prompt, null text], or the prompt alone. Beside them, with --every-step, each step's prediction of the middle one.
+    """
     slots = pose.shape[1]
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: one seed, one picture, on every device
     draw = lambda: torch.randn(1, slots, *image.shape[1:], generator=generator)  # noqa: E731
     image, pose, face, text = image.to(device), pose.to(device), face.to(device), text.to(device)
 
+    first, last = (1000 * (1 - part) for part in args.guidance_interval[::-1])  # steps count down from 999
+
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
         n = latents.shape[1]
         index = torch.tensor([0, *range(1 + start, start + n)], device=device)
-        x = torch.cat([latents, image_condition(image, n)], dim=2).expand(len(text), -1, -1, -1, -1)
-        v = dit(x, torch.tensor([step], device=device), text, pose[:, index], face[:, index]).float()
-        if len(text) == 1:
-            return v
-        conditional, null = v.chunk(2)
-        return null + args.guidance * (conditional - null)
+        at = torch.tensor([step], device=device)
+        x = torch.cat([latents, image_condition(image, n)], dim=2)
+        states = text if first <= step <= last else text[:1]
+        parts = states.split(1 if args.sequential else len(states))
+        v = [dit(x.expand(len(t), -1, -1, -1, -1), at, t, pose[:, index], face[:, index]) for t in parts]
+        v = torch.cat(v).float()
+        return v if len(v) == 1 else v[1:] + args.guidance * (v[:1] - v[1:])
 
     solver = {"dpm": dpm_solver, "ddim": ddim}[args.sampler]
     extra = {"noise": draw} if args.sampler == "dpm" else {}
     progress = lambda steps: tqdm(steps, desc="denoise", unit="step")  # noqa: E731
-    latents = draw().to(device)
-    fused = windows(velocity, slots - 1, window, stride=max(window // 3, 1) * 2)
-    latents = solver(fused, latents, Schedule(), args.steps, progress=progress, **extra)
-    return latents[:, 1:].cpu()
+    fused, schedule, predictions = (
+        windows(velocity, slots - 1, window, stride=max(window // 3, 1) * 2),
+        Schedule(),
+        [],
+    )
+
+    def watched(latents: Tensor, step: int) -> Tensor:
+        v = fused(latents, step)
+        if args.every_step:
+            clean = schedule.predict_x0(latents, v, torch.tensor([step], device=device))
+            predictions.append(clean[:, slots // 2 : slots // 2 + 1].cpu())
+        return v
+
+    latents = solver(watched, draw().to(device), schedule, args.steps, progress=progress, **extra)
+    return latents[:, 1:].cpu(), predictions
 
 
 def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
@@ -207,6 +310,30 @@ def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
         stream = vae.decode_stream((latents / vae.config.scaling_factor).to(device))
         for frame, _ in zip(stream, tqdm(range(frames), desc="decode", unit="frame")):
             yield ((frame[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def driving_rows(args, source: Video, track, reference, find, options):
+    """A function that streams `cues.render` rows; with --pose or --face those cues are another video's (as the paper evaluates)."""
+    size = reference.shape[:2]
+    others = {}
+    for name in ("pose", "face"):
+        if path := getattr(args, f"{name}_video"):
+            video, masks = Video(path, fps=args.fps), getattr(args, f"{name}_masks")
+            if video.frames != source.frames:
+                raise ValueError(
+                    f"--{name} {path} has {video.frames} frames, {source.path} {source.frames}: give as many"
+                )
+            looks = lambda masks=masks: replace(find(), masks=Video(masks, fps=args.fps) if masks else None)  # noqa: E731
+            others[name] = video, analysed(args, video, reference, looks, masks, options)
+
+    def rows():
+        streams = [cues.render(source, track, size, options)]
+        streams += [cues.render(*others[name], size, options) for name in others]
+        for row, *rest in zip(*streams):
+            found = dict(zip(others, rest))
+            yield found.get("pose", row)[0], found.get("face", row)[1], *row[2:]
+
+    return rows
 
 
 def comparison(reference: np.ndarray, driver, cue_rows, output):
@@ -233,26 +360,30 @@ def animate(args) -> None:
     source = Video(args.drive, fps=args.fps)
     reference = cover(picture, *output_size(*picture.shape[:2], args.area))
     height, width = reference.shape[:2]
-    find = cues.finders(args)
     options = cues.options(args)
+    find = cache(lambda: cues.finders(args))  # made when first needed: not at all if all is remembered
     try:  # the reference first: its mistakes should not wait for the driving video
-        own = cues.extract(reference[None], reference, find.reference, options)
+        mask = args.reference_mask and Path(args.reference_mask)
+        own = analysed(args, reference[None], reference, lambda: find().reference, mask, options)
     except ValueError as error:
         raise ValueError(f"{args.reference}: no person is found in the reference picture ({error})") from None
     progress = lambda frames: tqdm(frames, desc="cues", unit="frame", total=source.frames)  # noqa: E731
-    track = cues.analyse(source, reference, find, options, progress)
+    track = analysed(args, source, reference, find, args.masks and Path(args.masks), options, progress)
     frames = len(track.accepted)
     print(f"{frames} frames at {float(source.fps):g}/s, output {width}x{height}; {track.summary()}")
+    rows = driving_rows(args, source, track, reference, find, options)
 
     text = encode_text(args, device, dtype)
     network = vae(args, dtype).to(device)
-    drive = cues.render(source, track, (height, width), options)
-    image, pose, face = encode(
-        args, network, device, reference, own, tqdm(drive, desc="encode", unit="frame", total=frames)
-    )
+    own_row = cues.render(reference[None], own, (height, width), options)
+    drive = tqdm(rows(), desc="encode", unit="frame", total=frames)
+    image, pose, face = encode(args, network, device, reference, own_row, drive)
     del network
     network, window = transformer(args, dtype)
-    latents = denoise(args, network.to(device), device, text, image, pose, face, window)
+    network = place(args, network, device)
+    if args.compile:
+        network.compile()
+    latents, predictions = denoise(args, network, device, text, image, pose, face, window)
     del network
     network = vae(args, dtype).to(device)
     audio = args.drive if source.has_audio else None
@@ -260,12 +391,21 @@ def animate(args) -> None:
         output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED
     )
     print(f"wrote {output}")
+    if predictions:
+        strip = [next(pictures(network, latent, 1, device)) for latent in predictions]
+        write_image(
+            output.with_name(f"{output.stem}_steps.png"), np.concatenate(strip, axis=1), comment=AI_GENERATED
+        )
+        print(f"wrote {output.stem}_steps.png")
     if args.compare:
         side = output.with_name(f"{output.stem}_compare.mp4")
-        rows = comparison(
-            reference, source, cues.render(source, track, (height, width), options), Video(output)
+        write_video(
+            side,
+            comparison(reference, source, rows(), Video(output)),
+            source.fps,
+            audio=audio,
+            comment=AI_GENERATED,
         )
-        write_video(side, rows, source.fps, audio=audio, comment=AI_GENERATED)
         print(f"wrote {side}")
 
 
@@ -275,7 +415,7 @@ def main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped; nothing was written\n")
+        parser.exit(130, f"\n{parser.prog}: stopped; no half-written file is left\n")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def arguments(example, *extra, reference="ref.png", drive="drive.mp4", masks="ma
         2,
         "--device",
         "cpu",
+        "--cache",
+        example / "cache",
     ]
     given += ["--masks", example / masks, "--reference-mask", example / "ref_mask.png"] if masks else []
     return [str(a) for a in [*given, *extra]]
@@ -101,12 +103,77 @@ def test_guidance_1_is_the_prompt_alone_and_batched_guidance_is_the_formula(exam
     _, args = sample.parse_args(
         arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None)
     )
-    latents = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue, 13)
+    latents, _ = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue, 13)
     assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), (
         "x0 = -v at step 999"
     )
-    latents = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue, 13)
+    latents, _ = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue, 13)
     assert torch.allclose(latents, torch.full_like(latents, -0.2), atol=1e-6)
+    args.sequential = True
+    one_by_one, _ = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue, 13)
+    assert torch.allclose(one_by_one, torch.full_like(latents, -0.4), atol=1e-6)
+    args.guidance_interval = (0.5, 1.0)  # the only step, 999, lies before it
+    unguided, _ = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue, 13)
+    assert torch.allclose(unguided, torch.full_like(latents, -0.2), atol=1e-6)
+
+
+def test_a_second_run_on_the_same_files_looks_for_nobody(example, tmp_path, monkeypatch):
+    """Masks and prompt states are remembered; another option or file, and they are made anew."""
+    run(example, "-o", tmp_path / "a.mp4", "--cache", tmp_path / "cache")
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("made again")
+
+    with monkeypatch.context() as patch:
+        for module, name in ((cues, "analyse"), (cues, "finders"), (sample, "text_encoder")):
+            patch.setattr(module, name, forbidden)
+        run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
+        assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+        for extra in (["--align", "none"], ["--fps", 4], ["--guidance", 1]):
+            with pytest.raises(AssertionError, match="again"):
+                run(example, "-o", tmp_path / "c.mp4", "--cache", tmp_path / "cache", *extra)
+
+
+def test_pose_and_face_of_other_videos_and_the_place_of_the_driver(example, tmp_path):
+    """With DRIVE itself as both nothing changes; with another clip the output does; a clip of another length is refused."""
+    other = toy.render(7, 9, frames=10, size=64)
+    write_video(tmp_path / "other.mp4", other.video, Fraction(8))
+    (tmp_path / "masks").mkdir()
+    for i, (body, face) in enumerate(zip(other.body, other.face)):
+        write_image(tmp_path / "masks" / f"{i:03d}.png", cues.paint_mask(body, face))
+    same = ["--pose", example / "drive.mp4", "--pose-masks", example / "masks"]
+    same += ["--face", example / "drive.mp4", "--face-masks", example / "masks"]
+    pose = ["--pose", tmp_path / "other.mp4", "--pose-masks", tmp_path / "masks"]
+    made = {}
+    for name, extra in (("plain", []), ("same", same), ("pose", pose)):
+        run(example, "-o", tmp_path / f"{name}.mp4", "--guidance", 1, *extra)
+        made[name] = (tmp_path / f"{name}.mp4").read_bytes()
+    assert made["plain"] == made["same"] != made["pose"]
+    write_video(tmp_path / "long.mp4", np.concatenate([other.video] * 2), Fraction(8))
+    assert "20 frames" in mistake(example, "-o", tmp_path / "x.mp4", "--pose", tmp_path / "long.mp4")
+
+
+def test_every_step_shows_what_each_step_predicts(example, tmp_path):
+    run(example, "-o", tmp_path / "out.mp4", "--guidance", 1, "--steps", 3, "--every-step")
+    strip = read_image(tmp_path / "out_steps.png")
+    assert strip.shape == (96, 3 * 64, 3) and not np.array_equal(strip[:, :64], strip[:, 128:])
+
+
+def test_offloaded_blocks_are_on_the_device_only_while_they_run(example):
+    """The same output; each block's weights are its own again afterwards."""
+    import torch
+
+    _, args = sample.parse_args(arguments(example, "--offload", masks=None))
+    dit = sample.random_weights(sample.DiT, sample.DIT_PRESETS["tiny"], torch.float32)
+    x, cue = torch.randn(1, 2, 32, 4, 4), torch.randn(1, 2, 17, 4, 4)
+    inputs = x, torch.tensor([5]), torch.randn(1, 3, 32), cue, cue
+    plain = dit(*inputs)
+    homes = [p.data_ptr() for p in dit.blocks.parameters()]
+    copies = []
+    placed = sample.place(args, dit, torch.device("cpu"))
+    dit.blocks[0].register_forward_pre_hook(lambda block, _: copies.append(block))
+    assert torch.equal(placed(*inputs), plain) and copies
+    assert [p.data_ptr() for p in dit.blocks.parameters()] == homes
 
 
 def test_comparison_shows_reference_driver_cues_and_output(example, tmp_path):
