@@ -441,6 +441,8 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
     if room and needed(args.shard, *here) > room:
         nearest = budget.nearest_fit(room, args.shard, *here, needed)
         raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
+    if ranks.device.type == "cpu" and video + text < 1024:  # the switch rules the CPU's kernel too, whose backward pass
+        torch.backends.cuda.enable_flash_sdp(False)  # is slow for few tokens: 12 % of a toy step
     if peak := ranks.peak():
         ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")
     return flops

@@ -5,8 +5,12 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from argparse import Namespace
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -19,6 +23,8 @@ import prepare
 import toy
 import train
 from video import Video, read_image, write_image, write_video
+
+from conftest import ROOT
 
 
 def put(videos, masks, name, *clips, fps=16):
@@ -459,3 +465,98 @@ def test_a_real_clip_with_real_networks(assets, tmp_path):
         assert verdict["identity"] > 0.9 and verdict["detail"] > 0.8
         assert verdict.get("pose", 1) > 0.9 and verdict.get("faces", 1) > 0.8
     assert run("check", data)[0] == 0
+
+
+def start(inputs, folder, assets, ranks=1):
+    """`data.py prepare` as a process, or as two under torchrun."""
+    nets = ["--segmenter", assets / "weights" / "selfie_segmentation.tflite"]
+    nets += ["--face-model", assets / "weights" / "yunet_n_640_640.onnx"]
+    small = [
+        "--preset",
+        "tiny",
+        "--frames",
+        17,
+        "--max-frames",
+        33,
+        "--area",
+        96 * 96,
+        "--variants",
+        2,
+        "--refs",
+        2,
+    ]
+    words = [
+        "data.py",
+        "prepare",
+        inputs,
+        "-o",
+        folder,
+        *small,
+        *nets,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        ranks,
+        "--master_port",
+        29600 + os.getpid() % 300,
+    ]
+    command = [sys.executable, *(launch if ranks > 1 else []), *words]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(w) for w in command],
+        cwd=ROOT,
+        env=quiet,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_all_real_clips_killed_ten_times_or_on_two_ranks_make_the_same_folder(assets, tmp_path):
+    """kill -9 at random moments, then to the end: byte for byte one straight run; what is broken is named and skipped."""
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for video in (assets / "video").glob("*.mp4"):
+        os.symlink(video, inputs / video.name)
+    whole = (assets / "video" / "scail_001.mp4").read_bytes()
+    (inputs / "broken.mp4").write_bytes(whole[: len(whole) // 3])
+    (inputs / "words.txt").write_text("no video")
+    write_video(inputs / "blink.mp4", toy.render(1, 1, frames=3, size=64).video, 16)
+    with av.open(str(inputs / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame)), container.mux(stream.encode(None))
+
+    began = time.monotonic()
+    straight = start(inputs, tmp_path / "straight", assets)
+    said, _ = straight.communicate()
+    assert straight.returncode == 0, said[-3000:]
+    assert all(f"skipped {name}" in said for name in ("broken", "words", "blink_000000", "sound")), said[
+        -3000:
+    ]
+    took, rng = time.monotonic() - began, np.random.default_rng(0)
+    for _ in range(10):
+        process = start(inputs, tmp_path / "killed", assets)
+        try:
+            process.communicate(timeout=6 + took / 8 * rng.random())
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    for folder, ranks in ((tmp_path / "killed", 1), (tmp_path / "two", 2)):
+        process = start(inputs, folder, assets, ranks)
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-3000:]
+    expected = bytes_of(tmp_path / "straight")
+    for name in ("killed", "two"):
+        found = bytes_of(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert [path for path in expected if found[path] != expected[path]] == []
+    assert run("check", tmp_path / "killed")[0] == 0
