@@ -1,88 +1,57 @@
 """Speed and peak memory of these networks beside diffusers' CogVideoX, in one run.
 
-    python bench.py                       # everything at full size; needs diffusers: pip install -r requirements-dev.txt
+    python bench.py                       # everything at full size; diffusers: pip install -r requirements-dev.txt
     python bench.py vae -o bench.json     # one part, also as JSON
-    python bench.py --size small          # tiny networks, seconds: shows that every part runs; its ratios mean nothing
+    python bench.py --size small          # tiny networks: shows that every part runs; its ratios mean nothing
 
-Both sides get the same weights and the same inputs and run in turn (ours, theirs, ours, ...) after a warm-up, so that a machine whose
-speed drifts slows both; a ratio is the median over the pairs. Speeds stand beside the machine's ceilings, the best matrix product and the
-best channels-last 3x3x3 convolution of several sizes, measured just before in the same process. Peak memory is what comes on top of the
-weights; on a CPU each side gets a fresh process for it. Seconds are shown on a GPU only, with its name.
+Both sides get the same weights and inputs and run in turn (ours, theirs, ours, ...) after a warm-up, so that a machine
+whose speed drifts slows both; a ratio is the median over the pairs. Speeds stand beside the machine's ceilings: the best
+matrix product and the best channels-last 3x3x3 convolution of several sizes, measured just before. Peak memory is what
+comes on top of the weights; on a CPU each side gets a fresh process for it. Seconds are shown on a GPU only.
 """
 
 import argparse
-import os
+import copy
+import ctypes
+import gc
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
 
-NAMES = ("cues", "vae", "dit", "train", "pipeline")
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-
-# fmt: off
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
-    add = parser.add_argument
-    add("part", nargs="?", choices=[*NAMES, "all"], default="all", help="what to measure")
-    add("--size", choices=["full", "small"], default="full", help="small: tiny networks, to see that it runs")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if present, else cpu")
-    add("--repeat", type=int, default=5, help="timed runs of each side, after one that is not timed")
-    add("-o", "--output", type=Path, help="also write the rows to this JSON file")
-    args = parser.parse_args(argv)
-    if args.repeat < 1:
-        parser.error(f"--repeat {args.repeat}: at least 1; medians want 5")
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"-o {args.output}: there is no folder {args.output.parent}")
-    return parser, args
-# fmt: on
-
-
-if __name__ == "__main__":
-    PARSER, ARGS = parse_args()  # before torch is imported: --help answers at once
-    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars between the rows of a table
-
-import copy  # noqa: E402
-import ctypes  # noqa: E402
-import gc  # noqa: E402
-import json  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from concurrent.futures import ProcessPoolExecutor  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from multiprocessing import get_context  # noqa: E402
-from statistics import median  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn as nn  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import budget  # noqa: E402
-import cues  # noqa: E402
-import toy  # noqa: E402
-from load_cogvideox import add_cues, dit_name, pick_device, vae_name  # noqa: E402
-from model import DIT_PRESETS, OFS, DiT, DiTConfig  # noqa: E402
-from vae import VAE_PRESETS, CausalVAE, VAEConfig  # noqa: E402
+import budget
+import cues
+import toy
+from load_cogvideox import add_cues, dit_name, pick_device, vae_name
+from model import DIT_PRESETS, OFS, DiT, DiTConfig
+from vae import VAE_PRESETS, CausalVAE, VAEConfig
 
 BF16, MIB = torch.bfloat16, 2**20
+AUTOCAST = "bfloat16 autocast over float32"
 MIDDLE = DiTConfig(
     1024, 6, 16, 32, 16, 256, 512, True, 0, "cuefusion"
-)  # 114 M parameters, for training steps
+)  # 114 M parameters: its steps take seconds
 FRAME_RATE = 40  # frames a second that cue making should reach on two cores
-SECONDS = 25  # that 49 frames at 512x512 in 50 steps should take at most on an H100
-TABLE_7 = {"paper's ms a frame": 31, "paper's s (H20)": 152.8}
-
-
-# ---- measuring -----------------------------------------------------------------------------------------------------------
+SECONDS = 25  # that 49 frames at 512x512 in 50 steps should take at most on one H100
+TABLE_7 = {"the paper's ms": 31, "the paper's s (H20)": 152.8}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large. Ceilings in FLOP/s: of matrix products and of channels-last convolutions."""
+    """Where, how large and how often; ceilings in FLOP/s, of matrix products and of channels-last convolutions."""
 
     small: bool
     device: torch.device
@@ -94,30 +63,44 @@ class Setting:
     def gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def wait(self):
+    @property
+    def vae(self) -> tuple[VAEConfig, int, int]:
+        """Network, frames, side in pixels."""
+        if self.small:
+            return VAE_PRESETS["tiny"], 9, 64
+        return VAE_PRESETS["cogvideox1.5"], *((49, 512) if self.gpu else (9, 256))
+
+    @property
+    def dit(self) -> tuple[DiTConfig, int, int, int]:
+        """Network, latents with the reference's, their side, text tokens."""
+        if self.small:
+            return DIT_PRESETS["tiny"], 4, 8, 8
+        return DIT_PRESETS["cogvideox1.5-5b"], *((14, 64, 226) if self.gpu else (4, 32, 226))
+
+    def wait(self) -> None:
         if self.gpu:
             torch.cuda.synchronize()
 
-    def target(self, text: str, on_gpu: bool = False) -> str:
-        """Targets hold for the full sizes, and for a CPU unless said otherwise."""
-        return "" if self.small or self.gpu != on_gpu else text
+    def on_cpu(self, target: str) -> str:
+        """A target that was set for the full size on a CPU."""
+        return "" if self.small or self.gpu else target
 
     def modes(self, *stacks: nn.ModuleList) -> Iterator[str]:
-        """ "eager", and on a GPU then "compiled", with each block of the stacks compiled in place."""
+        """ "eager", and on a GPU then "compiled": block by block, so that one compilation serves a whole stack."""
         yield "eager"
         if self.gpu:
             for block in (block for stack in stacks for block in stack):
-                block.compile()  # block by block: one compilation serves them all
+                block.compile()
             yield "compiled"
 
 
+# ---- time and memory -----------------------------------------------------------------------------------------------------
+
+
 def alternate(
-    sides: dict[str, Callable],
-    repeats: int,
-    wait: Callable = lambda: None,
-    clock: Callable = time.perf_counter,
+    sides: dict, repeats: int, wait=lambda: None, clock=time.perf_counter
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` runs of each side, in turn, after one warm-up run of each. `wait` returns when the device is idle."""
+    """Seconds of `repeats` runs of each side, in turn, after one warm-up of each; `wait` until the device is idle."""
     for run in sides.values():
         run()
     times = {name: [] for name in sides}
@@ -137,33 +120,38 @@ def pairwise(times: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def speeds(setting: Setting, times: dict[str, list[float]], flops: float, ceiling: float) -> dict[str, float]:
-    """Of each side GFLOP/s and share of the ceiling; `flops` of the plain computation, so equal for all sides."""
-    figures = {}
+    """GFLOP/s and share of the ceiling; `flops` are those that the result needs, so the same for every side."""
+    figures = {"ceiling GFLOP/s": ceiling / 1e9}
     for name, seconds in times.items():
         rate = flops / median(seconds)
         figures |= {f"{name} GFLOP/s": rate / 1e9, f"{name} share": rate / ceiling}
-        if setting.gpu:
-            figures[f"{name} s"] = median(seconds)
-    return figures | {"ceiling GFLOP/s": ceiling / 1e9}
+        figures |= {f"{name} s": median(seconds)} if setting.gpu else {}
+    return figures
 
 
 @torch.no_grad()
 def ceilings(setting: Setting) -> Setting:
-    """The setting with the fastest matrix product and convolution that this machine shows in bfloat16."""
-    matmul, conv, size = [], [], 8 if setting.small else 64
-    for n in (2 * size, 4 * size) if setting.small else (4096, 8192) if setting.gpu else (1024, 2048, 4096):
+    """The setting with the fastest matrix product and convolution that the device shows in bfloat16."""
+
+    def fastest(cases: list[tuple[Callable, float]]) -> float:
+        return max(flops / min(alternate({"": run}, 5, setting.wait)[""]) for run, flops in cases)
+
+    def product(n: int) -> tuple[Callable, float]:
         a, b = (torch.randn(n, n, dtype=BF16, device=setting.device) for _ in range(2))
-        seconds = alternate({"product": lambda a=a, b=b: F.linear(a, b)}, 5, setting.wait)["product"]
-        matmul.append(2 * n**3 / min(seconds))
-    side = 4 * size if setting.gpu else size
-    for dim, n in ((2 * size, 2 * side), (4 * size, side), (8 * size, side // 2)):  # as in the VAE's levels
-        x = torch.randn(1, dim, 10, n, n, dtype=BF16, device=setting.device)
-        weight = torch.randn(dim, dim, 3, 3, 3, dtype=BF16, device=setting.device)
+        return lambda: F.linear(a, b), 2 * n**3
+
+    def convolution(dim: int, side: int) -> tuple[Callable, float]:
+        shapes = (1, dim, 10, side, side), (dim, dim, 3, 3, 3)
+        x, weight = (torch.randn(shape, dtype=BF16, device=setting.device) for shape in shapes)
         x, weight = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, weight))
-        run = lambda x=x, weight=weight: F.conv3d(x, weight, padding=(0, 1, 1))  # noqa: E731
-        seconds = alternate({"convolution": run}, 5, setting.wait)["convolution"]
-        conv.append(2 * 27 * dim**2 * 8 * n**2 / min(seconds))
-    return replace(setting, matmul=max(matmul), conv=max(conv))
+        return lambda: F.conv3d(x, weight, padding=(0, 1, 1)), 2 * 27 * dim**2 * 8 * side**2
+
+    sizes = (64, 128) if setting.small else (4096, 8192) if setting.gpu else (1024, 2048, 4096)
+    dim, side = (8, 8) if setting.small else (128, 512) if setting.gpu else (128, 128)
+    levels = [
+        convolution(dim << level, side >> level) for level in range(3)
+    ]  # as the VAE's levels grow and shrink
+    return replace(setting, matmul=fastest([product(n) for n in sizes]), conv=fastest(levels))
 
 
 def settle() -> None:
@@ -176,7 +164,7 @@ def settle() -> None:
 
 
 def anonymous() -> int:
-    """Bytes of memory of this process that no file backs."""
+    """Bytes of this process that no file backs."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
@@ -189,28 +177,26 @@ def peak(run: Callable, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = most = anonymous()
-    done = threading.Event()
+    before, seen, done = anonymous(), [], threading.Event()
 
     def watch():
-        nonlocal most
-        while not done.wait(0.001):
-            most = max(most, anonymous())
+        while not done.wait(0.001):  # networks hold their largest tensors for much longer
+            seen[:] = [max(anonymous(), *seen, 0)]
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
         result = run()
-        most = max(most, anonymous())
+        last = anonymous()
         del result
     finally:
         done.set()
         thread.join()
-    return most - before
+    return max(last, *seen, 0) - before
 
 
 def fresh(function: Callable, *args):
-    """The function's result from a new process, whose memory no earlier run has touched."""
+    """The function's result from a new process, whose memory nothing has touched."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
@@ -219,27 +205,27 @@ def fresh(function: Callable, *args):
 
 
 def row(
-    part: str, what: str, sizes: str, dtype: str, repeats: int, ratio: float, target="", **figures
+    what: str, sizes: str, ratio: float, target="", dtype="bfloat16", repeats=0, **figures: float
 ) -> dict:
-    """One result. target: "<= 0.6" or ">= 4", then words; `met` says whether the ratio keeps it, None without one."""
+    """One result. target: "<= 0.6" or ">= 4", then words; `met` is None without one. repeats 0: as often as asked for."""
     met = None
     if target:
         sign, limit = target.split()[:2]
         met = bool(ratio <= float(limit) if sign == "<=" else ratio >= float(limit))
-    return dict(part=part, what=what, sizes=sizes, dtype=dtype, repeats=repeats, ratio=ratio, target=target,
-                met=met, figures=figures)  # fmt: skip
+    row = {"what": what, "sizes": sizes, "dtype": dtype, "repeats": repeats, "ratio": ratio, "target": target}
+    return row | {"met": met, "figures": figures}
 
 
 HEAD = "| part | compared | sizes | dtype | runs | ratio | target | met | figures |\n" + "|---" * 9 + "|"
 
 
-def line(entry: dict) -> str:
+def line(row: dict) -> str:
     """A row of the markdown table."""
-    number = lambda value: f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: E731
-    figures = ", ".join(f"{name} {number(value)}" for name, value in entry["figures"].items())
-    met = {True: "yes", False: "NO", None: ""}[entry["met"]]
-    cells = [entry[name] for name in ("part", "what", "sizes", "dtype", "repeats")]
-    return "| " + " | ".join(map(str, [*cells, number(entry["ratio"]), entry["target"], met, figures])) + " |"
+    words = lambda value: f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # noqa: E731
+    cells = [row[name] for name in ("part", "what", "sizes", "dtype", "repeats")]
+    cells += [words(row["ratio"]), row["target"], {True: "yes", False: "NO", None: ""}[row["met"]]]
+    cells.append(", ".join(f"{name} {words(value)}" for name, value in row["figures"].items()))
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 # ---- the same networks on both sides ---------------------------------------------------------------------------------------
@@ -249,15 +235,14 @@ def import_diffusers():
     try:
         import diffusers
     except ImportError:
-        raise ValueError(
-            "diffusers, to compare with, is not installed: pip install -r requirements-dev.txt, or measure cues alone"
-        ) from None
+        what = "diffusers, which this compares with, is not installed: pip install -r requirements-dev.txt"
+        raise ValueError(f"{what}; `bench.py cues` does without") from None
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
 
 
 def random_network(build: Callable, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A network with every parameter random, never whole in another number format: the DiT would need 22 GB more."""
+    """A network with every parameter random, never whole in another dtype: in float32 the DiT would need 22 GB."""
     with torch.device("meta"):
         network = build().to(dtype)
     network.to_empty(device=device).requires_grad_(False)
@@ -267,29 +252,26 @@ def random_network(build: Callable, dtype: torch.dtype, device: torch.device) ->
     return network.eval()
 
 
-def their_vae(config: VAEConfig, device: torch.device) -> nn.Module:
-    blocks = len(config.channels)
-    build = lambda: import_diffusers().AutoencoderKLCogVideoX(  # noqa: E731
-        block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=config.norm_groups,
-        latent_channels=config.latent_channels, scaling_factor=config.scaling_factor, invert_scale_latents=True,
-        down_block_types=("CogVideoXDownBlock3D",) * blocks, up_block_types=("CogVideoXUpBlock3D",) * blocks,
-    )  # fmt: skip
-    return random_network(build, BF16, device)
+# fmt: off
+def their_vae(c: VAEConfig, device: torch.device) -> nn.Module:
+    levels = len(c.channels)
+    sizes = dict(block_out_channels=c.channels, layers_per_block=c.layers, norm_num_groups=c.norm_groups,
+                 latent_channels=c.latent_channels, scaling_factor=c.scaling_factor, invert_scale_latents=True,
+                 down_block_types=("CogVideoXDownBlock3D",) * levels, up_block_types=("CogVideoXUpBlock3D",) * levels)
+    return random_network(lambda: import_diffusers().AutoencoderKLCogVideoX(**sizes), BF16, device)
 
 
-def their_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype = BF16) -> nn.Module:
-    build = lambda: import_diffusers().CogVideoXTransformer3DModel(  # noqa: E731
-        num_attention_heads=config.num_heads, attention_head_dim=config.dim // config.num_heads,
-        num_layers=config.depth, in_channels=config.in_channels, out_channels=config.out_channels,
-        text_embed_dim=config.text_dim, time_embed_dim=config.time_dim, ofs_embed_dim=config.time_dim,
-        patch_size=2, patch_size_t=2, patch_bias=False, sample_frames=81, sample_height=96, sample_width=170,
-        max_text_seq_length=226, use_rotary_positional_embeddings=True,
-    )  # fmt: skip
-    return random_network(build, dtype, device)
+def their_dit(c: DiTConfig, device: torch.device, dtype: torch.dtype = BF16) -> nn.Module:
+    sizes = dict(num_attention_heads=c.num_heads, attention_head_dim=c.dim // c.num_heads, num_layers=c.depth,
+                 in_channels=c.in_channels, out_channels=c.out_channels, text_embed_dim=c.text_dim,
+                 time_embed_dim=c.time_dim, ofs_embed_dim=c.time_dim, patch_size=2, patch_size_t=2, patch_bias=False,
+                 sample_frames=81, sample_height=96, sample_width=170, use_rotary_positional_embeddings=True)
+    return random_network(lambda: import_diffusers().CogVideoXTransformer3DModel(**sizes), dtype, device)
+# fmt: on
 
 
 def our_network(network_class, config, theirs: nn.Module, rename: Callable) -> nn.Module:
-    """Ours around their tensors themselves: 11 GB of weights are there once, and equal."""
+    """Ours around their very tensors, so 11 GB of weights are there once. (The VAE's are laid out anew, as it needs.)"""
     with torch.device("meta"):
         ours = network_class(config)
     state = {rename(name): tensor for name, tensor in theirs.state_dict().items()}
@@ -301,30 +283,35 @@ def our_network(network_class, config, theirs: nn.Module, rename: Callable) -> n
     return ours.requires_grad_(False).eval()
 
 
-def dit_inputs(config: DiTConfig, slots: int, side: int, text: int, device, dtype=BF16) -> dict[str, Tensor]:
-    """A random training batch; also what the forward passes read. Latents (1, slots, 16, side, side)."""
+class Theirs(nn.Module):
+    """diffusers' transformer, called as `train.Denoising` calls ours, for latents of one size."""
+
+    def __init__(self, network: nn.Module, config: DiTConfig, slots: int, side: int):
+        super().__init__()
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed as rope
+
+        head, grid = config.dim // config.num_heads, (side // 2, side // 2)
+        kind = {"grid_type": "slice", "max_size": grid, "device": network.device}
+        self.network, self.rope = network, rope(head, None, grid, slots // 2, **kind)
+        self.ofs = torch.full((1,), OFS, device=network.device)
+
+    def forward(self, x, step, text, pose=None, face=None, tap=None) -> tuple[Tensor, None]:
+        ofs = self.ofs.to(x.dtype)
+        return self.network(x, text, step, ofs=ofs, image_rotary_emb=self.rope, return_dict=False)[0], None
+
+
+def random_batch(
+    config: DiTConfig, slots: int, side: int, text: int, device, dtype=BF16
+) -> dict[str, Tensor]:
+    """What train.py trains on; latents are (1, slots, 16, side, side)."""
     draw = lambda *size: torch.randn(1, *size, dtype=dtype, device=device)  # noqa: E731
     batch = {name: draw(slots, 16, side, side) for name in ("latents", "noise", "condition")}
     batch |= {name: draw(slots, 17, side, side) for name in ("pose", "face")}
     return batch | {"text": draw(text, config.text_dim), "step": torch.tensor([500], device=device)}
 
 
-class Theirs(nn.Module):
-    """diffusers' transformer, called as `train.Denoising` calls ours, on one size of latents."""
-
-    def __init__(self, network: nn.Module, config: DiTConfig, slots: int, side: int):
-        super().__init__()
-        from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-        self.network, grid, device = network, (side // 2, side // 2), network.device
-        self.rope = get_3d_rotary_pos_embed(config.dim // config.num_heads, None, grid, slots // 2,
-                                            grid_type="slice", max_size=grid, device=device)  # fmt: skip
-        self.ofs = torch.full((1,), OFS, device=device)
-
-    def forward(self, x, step, text, pose=None, face=None, tap=None) -> tuple[Tensor, None]:
-        ofs = self.ofs.to(x.dtype)
-        v = self.network(x, text, step, ofs=ofs, image_rotary_emb=self.rope, return_dict=False)[0]
-        return v, None
+def token_words(config: DiTConfig, slots: int, side: int, text: int) -> str:
+    return f"{config.depth} blocks of {config.dim}, {text} + {budget.tokens(slots, side, side):,} tokens"
 
 
 # ---- cues --------------------------------------------------------------------------------------------------------------------
@@ -332,7 +319,7 @@ class Theirs(nn.Module):
 
 @dataclass
 class Loop:
-    """A clip of any length out of a few drawn frames, there and back, each written when it is asked for."""
+    """A clip of any length out of a few frames, there and back, each made when it is asked for."""
 
     frames: list[np.ndarray]
     length: int
@@ -343,74 +330,57 @@ class Loop:
             yield self.frames[last - abs(last - i % (2 * last))].copy()
 
 
-def drawn(frames: int, side: int) -> tuple[np.ndarray, list, np.ndarray, list]:
-    """(picture and mask of a reference, as a clip of one frame each, then frames and masks of a driver), drawn."""
-    other, clip = toy.render(3, 4, frames=1, size=side), toy.render(1, 2, frames=frames, size=side)
-    masks = [[cues.paint_mask(*pair) for pair in zip(c.body, c.face)] for c in (other, clip)]
-    return other.video, masks[0], clip.video, masks[1]
-
-
-def make_cues(length: int, side: int) -> tuple[Callable, tuple]:
-    """(a call of both passes over a clip of `length` frames, which returns the bytes of its Track; the drawn parts)."""
-    reference, own, frames, masks = drawn(9, side)
+def drawn(frames: int, side: int, length: int) -> tuple[np.ndarray, cues.Finder, Loop]:
+    """A drawn reference picture, a finder that is given all masks, and a driving clip of `length` frames."""
+    clips = toy.render(3, 4, frames=1, size=side), toy.render(1, 2, frames=frames, size=side)
+    own, masks = ([cues.paint_mask(*pair) for pair in zip(clip.body, clip.face)] for clip in clips)
     find = cues.Finder(masks=Loop(masks, length), reference_mask=own[0])
-
-    def run() -> int:
-        video = Loop(list(frames), length)
-        track = cues.analyse(video, reference[0], find)
-        for _ in cues.render(video, track, (side, side)):
-            pass
-        return sum(map(len, track.masks))
-
-    return run
+    return clips[0].video[0], find, Loop(list(clips[1].video), length)
 
 
-def cues_memory(length: int, side: int) -> tuple[int, int]:
-    """(peak bytes, bytes of the packed masks) of a clip; run in a fresh process."""
-    make_cues(9, side)()
-    run, kept = make_cues(length, side), []
-    return peak(lambda: kept.append(run()), torch.device("cpu")), kept[0]
+def make_cues(reference: np.ndarray, find: cues.Finder, video: Loop) -> Iterator[tuple]:
+    """Both passes, everything but the segmenter and the face finder; streams the cues."""
+    yield from cues.render(video, cues.analyse(video, reference, find), reference.shape[:2])
 
 
-def bench_cues(setting: Setting) -> list[dict]:
-    length, side, lengths = (9, 64, (10, 40)) if setting.small else (64, 512, (1000, 10_000))
-    times = alternate({"ours": make_cues(length, side)}, setting.repeats)
-    rate = length / median(times["ours"])
-    target = "" if setting.small else ">= 1"
-    rows = [row("cues", f"both passes, masks given: frames/s over {FRAME_RATE}", f"{length} frames {side}x{side}",
-                "uint8, float32", setting.repeats, rate / FRAME_RATE, target, **{"frames/s": rate})]  # fmt: skip
-    (short, _), (long, masks) = (fresh(cues_memory, n, side) for n in lengths)
-    growth = (long - short) / (lengths[1] - lengths[0]) / (3 * side**2)
-    figures = {f"MiB at {n} frames": value / MIB for n, value in zip(lengths, (short, long))}
-    figures |= {"of them packed masks": masks / MIB}
-    target = "" if setting.small else "<= 0.01"
-    rows.append(row("cues", "memory that one more frame takes over the frame's own",
-                    f"{lengths[0]:,} and {lengths[1]:,} frames {side}x{side}", "uint8, float32", 1, growth, target,
-                    **figures))  # fmt: skip
-    return rows
+def count(items) -> int:
+    return sum(1 for _ in items)
+
+
+def cues_memory(length: int, side: int) -> int:
+    """Peak bytes of making the cues of a clip; for a fresh process."""
+    count(make_cues(*drawn(9, side, 9)))
+    scene = drawn(9, side, length)
+    return peak(lambda: count(make_cues(*scene)), torch.device("cpu"))
+
+
+def bench_cues(setting: Setting) -> Iterator[dict]:
+    length, side, clips = (9, 64, (10, 40)) if setting.small else (64, 512, (1000, 10_000))
+    scene, dtype = drawn(9, side, length), "uint8, float32"
+    rate = length / median(alternate({"ours": lambda: count(make_cues(*scene))}, setting.repeats)["ours"])
+    what, target = f"both passes, masks given: frames/s over {FRAME_RATE}", "" if setting.small else ">= 1"
+    yield row(what, f"{length} frames {side}x{side}", rate / FRAME_RATE, target, dtype, **{"frames/s": rate})
+    short, long = (fresh(cues_memory, n, side) for n in clips)
+    growth = (long - short) / (clips[1] - clips[0]) / (3 * side**2)
+    figures = {f"MiB at {n:,} frames": value / MIB for n, value in zip(clips, (short, long))}
+    what, target = "memory that a further frame adds over the frame's own", "" if setting.small else "<= 0.01"
+    yield row(what, f"clips of frames {side}x{side}", growth, target, dtype, 1, **figures)
 
 
 # ---- vae ---------------------------------------------------------------------------------------------------------------------
 
 
-def vae_sizes(setting: Setting) -> tuple[VAEConfig, int, int]:
-    """Network, frames, side in pixels."""
-    name = "tiny" if setting.small else "cogvideox1.5"
-    return VAE_PRESETS[name], *((9, 32) if setting.small else (49, 512) if setting.gpu else (9, 256))
-
-
 def vae_networks(setting: Setting) -> dict[str, nn.Module]:
-    config = vae_sizes(setting)[0]
-    theirs = their_vae(config, setting.device)
+    theirs = their_vae(setting.vae[0], setting.device)
     laid_out = CausalVAE.channels_last(
         copy.deepcopy(theirs)
-    )  # touches parameters only, so it serves theirs too
-    ours = our_network(CausalVAE, config, theirs, vae_name)
+    )  # looks at parameters only, so it serves any network
+    ours = our_network(CausalVAE, setting.vae[0], theirs, vae_name)
     return {"ours": ours, "diffusers": theirs, "diffusers channels-last": laid_out}
 
 
 def vae_calls(network: nn.Module, frames: int, side: int, device, dtype=BF16) -> dict[str, Callable]:
-    """Encode and decode a random clip; both give (B, T or f, C, ., .)."""
+    """Encode and decode a random clip."""
     generator = torch.Generator().manual_seed(1)
     video = torch.rand(1, frames, 3, side, side, generator=generator).to(device, dtype) * 2 - 1
     latents = torch.randn(1, frames // 4 + 1, 16, side // 8, side // 8, generator=generator).to(device, dtype)
@@ -418,7 +388,7 @@ def vae_calls(network: nn.Module, frames: int, side: int, device, dtype=BF16) ->
         return {"encode": lambda: network.encode(video)[0], "decode": lambda: network.decode(latents)}
     video, latents = (
         x.transpose(1, 2).contiguous() for x in (video, latents)
-    )  # diffusers wants (B, C, T, H, W)
+    )  # diffusers takes (B, C, T, H, W)
     return {
         "encode": lambda: network.encode(video).latent_dist.mean.transpose(1, 2),
         "decode": lambda: network.decode(latents).sample.transpose(1, 2),
@@ -427,94 +397,86 @@ def vae_calls(network: nn.Module, frames: int, side: int, device, dtype=BF16) ->
 
 @torch.no_grad()
 def vae_memory(name: str, setting: Setting) -> dict[str, int]:
-    """Peak bytes of encode and decode above the weights; on a CPU run in a fresh process."""
-    network = vae_networks(setting)[name]
-    _, frames, side = vae_sizes(setting)
+    """Peak bytes of encode and decode above the weights; for a fresh process on a CPU."""
+    network, (_, *size) = vae_networks(setting)[name], setting.vae
     for run in vae_calls(network, 9, 16, setting.device).values():
         run()  # small: loads libraries, leaves no large blocks behind
-    calls = vae_calls(network, frames, side, setting.device)
-    return {action: peak(run, setting.device) for action, run in calls.items()}
+    return {
+        action: peak(run, setting.device) for action, run in vae_calls(network, *size, setting.device).items()
+    }
 
 
 @torch.no_grad()
-def bench_vae(setting: Setting) -> list[dict]:
-    config, frames, side = vae_sizes(setting)
-    sizes = f"{frames} frames {side}x{side}, {config.channels}"
-    memory = {n: (vae_memory if setting.gpu else lambda *a: fresh(vae_memory, *a))(n, setting)
-              for n in ("ours", "diffusers")}  # fmt: skip
+def bench_vae(setting: Setting) -> Iterator[dict]:
+    config, *size = setting.vae
+    words = f"{size[0]} frames {size[1]}x{size[1]}, {config.channels}"
+    remember = vae_memory if setting.gpu else lambda *args: fresh(vae_memory, *args)
+    memory = {name: remember(name, setting) for name in ("ours", "diffusers")}
     networks = vae_networks(setting)
-    exact = vae_calls(
-        copy.deepcopy(networks["diffusers"]).float(), frames, side, setting.device, torch.float32
-    )
-    calls = {name: vae_calls(network, frames, side, setting.device) for name, network in networks.items()}
-    rows = []
-    for action, fast, faster in (("encode", ">= 3", ">= 1.8"), ("decode", ">= 4", ">= 1.8")):
-        truth = exact[action]()
-        error = {name: ((calls[name][action]().float() - truth).square().mean() / truth.square().mean()).sqrt().item()
-                 for name in ("ours", "diffusers")}  # fmt: skip
-        del truth
-        rows.append(row("vae", f"{action}: our distance from the float32 result / diffusers'", sizes, "bfloat16", 1,
-                        error["ours"] / error["diffusers"], setting.target("<= 1.1"),
-                        **{f"{name} relative": value for name, value in error.items()}))  # fmt: skip
-        times = alternate({name: call[action] for name, call in calls.items()}, setting.repeats, setting.wait)
+    exact = vae_calls(copy.deepcopy(networks["diffusers"]).float(), *size, setting.device, torch.float32)
+    truth = {action: run() for action, run in exact.items()}
+    del exact
+    calls = {name: vae_calls(network, *size, setting.device) for name, network in networks.items()}
+    for action, target in (("encode", ">= 3"), ("decode", ">= 4")):
+        sides = {name: of_side[action] for name, of_side in calls.items()}
+        error = {n: ((sides[n]() - truth[action]).norm() / truth[action].norm()).item() for n in memory}
+        what = f"{action}: our distance from the float32 result / diffusers'"
+        yield row(
+            what, words, error["ours"] / error["diffusers"], setting.on_cpu("<= 1.1"), repeats=1, **error
+        )
+        times = alternate(sides, setting.repeats, setting.wait)
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            vae_calls(CausalVAE(config), frames, side, "meta")[action]()
+            vae_calls(CausalVAE(config), *size, "meta")[action]()
         figures = speeds(setting, times, counter.get_total_flops(), setting.conv)
-        for other, target in (("diffusers", fast), ("diffusers channels-last", faster)):
-            shown = figures if other == "diffusers" else {}
-            rows.append(row("vae", f"{action}: {other}' time / ours", sizes, "bfloat16", setting.repeats,
-                            pairwise(times, other, "ours"), setting.target(target), **shown))  # fmt: skip
-        bytes_ = {name: of_side[action] for name, of_side in memory.items()}
-        rows.append(row("vae", f"{action}: our peak memory above the weights / diffusers'", sizes, "bfloat16", 1,
-                        bytes_["ours"] / max(bytes_["diffusers"], 1), setting.target("<= 0.6"),
-                        **{f"{name} MiB": value / MIB for name, value in bytes_.items()}))  # fmt: skip
-    return rows
+        ratios = {other: pairwise(times, other, "ours") for other in list(sides)[1:]}
+        yield row(
+            f"{action}: diffusers' time / ours", words, ratios["diffusers"], setting.on_cpu(target), **figures
+        )
+        what = f"{action}: time of diffusers with channels-last weights / ours"
+        yield row(what, words, ratios["diffusers channels-last"], setting.on_cpu(">= 1.8"))
+        held = {f"{name} MiB": of_side[action] / MIB for name, of_side in memory.items()}
+        ratio = held["ours MiB"] / held["diffusers MiB"]
+        what = f"{action}: our peak memory above the weights / diffusers'"
+        yield row(what, words, ratio, setting.on_cpu("<= 0.6"), repeats=1, **held)
 
 
 # ---- dit ---------------------------------------------------------------------------------------------------------------------
 
 
-def dit_sizes(setting: Setting) -> tuple[DiTConfig, int, int, int]:
-    """Network, latents with the reference's, their side, text tokens."""
-    if setting.small:
-        return DIT_PRESETS["tiny"], 2, 8, 8
-    return DIT_PRESETS["cogvideox1.5-5b"], *((14, 64, 226) if setting.gpu else (4, 32, 226))
-
-
 @torch.no_grad()
-def bench_dit(setting: Setting) -> list[dict]:
-    config, slots, side, text = dit_sizes(setting)
-    config, video = replace(config, cue_channels=0), budget.tokens(slots, side, side)
+def bench_dit(setting: Setting) -> Iterator[dict]:
+    config, *size = setting.dit
+    config, (slots, side, text) = replace(config, cue_channels=0), size
     network = their_dit(config, setting.device)
     ours, theirs = our_network(DiT, config, network, dit_name), Theirs(network, config, slots, side)
-    batch = dit_inputs(config, slots, side, text, setting.device)
-    x, step, text_states = torch.cat([batch["latents"], batch["condition"]], 2), batch["step"], batch["text"]
-    sides = {"ours": lambda: ours(x, step, text_states), "diffusers": lambda: theirs(x, step, text_states)[0]}
-    rows = []
+    batch = random_batch(config, *size, setting.device)
+    inputs = torch.cat([batch["latents"], batch["condition"]], dim=2), batch["step"], batch["text"]
+    sides = {"ours": lambda: ours(*inputs), "diffusers": lambda: theirs(*inputs)[0]}
+    flops = budget.forward_flops(config, budget.tokens(slots, side, side), text)
     for mode in setting.modes(ours.blocks, network.transformer_blocks):
         times = alternate(sides, setting.repeats, setting.wait)
-        figures = speeds(setting, times, budget.forward_flops(config, video, text), setting.matmul)
-        a, b = (run().float() for run in sides.values())
-        figures["relative difference"] = ((a - b).norm() / b.norm()).item()
+        figures = speeds(setting, times, flops, setting.matmul)
         if setting.gpu:
             figures |= {f"{name} peak MiB": peak(run, setting.device) / MIB for name, run in sides.items()}
-        entry = row("dit", f"forward, {mode}: diffusers' time / ours",
-                    f"{config.depth} blocks of {config.dim}, {text} + {video:,} tokens", "bfloat16", setting.repeats,
-                    pairwise(times, "diffusers", "ours"), setting.target(">= 1.15 or our share >= 0.85"),
-                    **figures)  # fmt: skip
-        rows.append(entry | {"met": entry["met"] and True if not entry["target"] else
-                             entry["met"] or figures["ours share"] >= 0.85})  # fmt: skip
-    return rows
+        a, b = (run().float() for run in sides.values())
+        figures["relative difference"] = ((a - b).norm() / b.norm()).item()
+        ratio, what = pairwise(times, "diffusers", "ours"), f"forward, {mode}: diffusers' time / ours"
+        target = setting.on_cpu(">= 1.15 or our share >= 0.85")
+        entry = row(what, token_words(config, *size), ratio, target, **figures)
+        if target and figures["ours share"] >= 0.85:
+            entry["met"] = True
+        yield entry
 
 
 # ---- train -------------------------------------------------------------------------------------------------------------------
 
 
-def step_of(objective: nn.Module, device: torch.device) -> Callable[[dict], None]:
-    """A function that takes a batch and does what one step of train.py does: forward, backward, AdamW."""
+def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], None]:
+    """A function that does with a batch what a step of train.py does: forward, backward, AdamW."""
     import train
 
-    groups = train.parameter_groups(objective.model, 1e-4)
+    objective = train.Denoising(model.requires_grad_(True).train(), align_depth=1)
+    groups = train.parameter_groups(model, 1e-4)
     optimizer = torch.optim.AdamW(groups, 2e-5, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def step(batch: dict) -> None:
@@ -527,256 +489,209 @@ def step_of(objective: nn.Module, device: torch.device) -> Callable[[dict], None
     return step
 
 
+def without_cues(batch: dict) -> dict:
+    return {name: value for name, value in batch.items() if name not in ("pose", "face")}
+
+
 def train_beside(setting: Setting, config: DiTConfig, slots: int, side: int, text: int) -> dict:
-    """A step without cues beside diffusers' transformer under the same loss and optimizer."""
-    import train
-
+    """A step without cues beside diffusers' transformer, under the same loss and optimizer."""
     network = their_dit(config, setting.device, torch.float32)
-    ours = copy.deepcopy(
-        our_network(DiT, config, network, dit_name)
-    )  # copied: each side trains weights of its own
+    ours = copy.deepcopy(our_network(DiT, config, network, dit_name))  # each side trains weights of its own
     models = {"ours": ours, "diffusers": Theirs(network, config, slots, side)}
-    batch = dit_inputs(config, slots, side, text, setting.device, torch.float32)
-    batch = {name: value for name, value in batch.items() if name not in ("pose", "face")}
-    steps = {name: step_of(train.Denoising(model.requires_grad_(True).train(), 1), setting.device)
-             for name, model in models.items()}  # fmt: skip
-    times = alternate(
-        {name: lambda run=run: run(batch) for name, run in steps.items()}, setting.repeats, setting.wait
-    )
-    video = budget.tokens(slots, side, side)
-    flops = budget.step_flops(config, video, text, 1, False, 0)
-    return row("train", "step without cues: diffusers' time / ours",
-               f"{budget.numbers(config) / 1e6:.3g} M parameters, {text} + {video:,} tokens",
-               "float32, autocast bfloat16", setting.repeats, pairwise(times, "diffusers", "ours"),
-               setting.target(">= 1.1"), **speeds(setting, times, flops, setting.matmul))  # fmt: skip
-
-
-def train_cues(setting: Setting, config: DiTConfig, slots: int, side: int, text: int) -> dict:
-    """What the cues add to a step of one and the same model."""
-    import train
-
-    step = step_of(train.Denoising(DiT(config).to(setting.device).train(), 1), setting.device)
-    batch = dit_inputs(config, slots, side, text, setting.device, torch.float32)
-    plain = {name: value for name, value in batch.items() if name not in ("pose", "face")}
-    sides = {"with cues": lambda: step(batch), "without": lambda: step(plain)}
+    batch = without_cues(random_batch(config, slots, side, text, setting.device, torch.float32))
+    steps = {name: step_of(model, setting.device) for name, model in models.items()}
+    sides = {name: lambda step=step: step(batch) for name, step in steps.items()}
     times = alternate(sides, setting.repeats, setting.wait)
-    return row("train", "step with cues / without, less 1",
-               f"{config.depth} blocks of {config.dim}, {text} + {budget.tokens(slots, side, side):,} tokens",
-               "float32, autocast bfloat16", setting.repeats, pairwise(times, "with cues", "without") - 1,
-               setting.target("<= 0.08"))  # fmt: skip
+    flops = budget.step_flops(config, budget.tokens(slots, side, side), text, 1, False, 0)
+    words = f"{budget.numbers(config) / 1e6:.3g} M parameters, {token_words(config, slots, side, text)}"
+    ratio, target = pairwise(times, "diffusers", "ours"), setting.on_cpu(">= 1.1")
+    figures = speeds(setting, times, flops, setting.matmul)
+    return row("step without cues: diffusers' time / ours", words, ratio, target, AUTOCAST, **figures)
+
+
+def train_cues(setting: Setting, config: DiTConfig, *size: int) -> dict:
+    """What the cues add to a step of one and the same model."""
+    step = step_of(DiT(config).to(setting.device), setting.device)
+    batch = random_batch(config, *size, setting.device, torch.float32)
+    plain = without_cues(batch)  # the cue layers then get no gradient, and AdamW leaves them alone
+    times = alternate(
+        {"with": lambda: step(batch), "without": lambda: step(plain)}, setting.repeats, setting.wait
+    )
+    ratio, target = pairwise(times, "with", "without") - 1, setting.on_cpu("<= 0.08")
+    return row(
+        "what cues add to a step / the step without", token_words(config, *size), ratio, target, AUTOCAST
+    )
 
 
 @torch.no_grad()
-def train_teacher(setting: Setting, config: DiTConfig, slots: int, side: int, text: int) -> dict:
-    """What the teacher adds to a step, in forward passes of the whole model: its first blocks and the cosine of Eq. 4."""
+def train_teacher(setting: Setting, config: DiTConfig, *size: int) -> dict:
+    """What the teacher adds to a step, in forward passes of the whole model: its first blocks, and the cosine of Eq. 4."""
     import train
 
-    config, depth = replace(config, depth=21, cue_channels=17), 5  # 5 / 21 is the paper's 10 / 42
+    config, depth = replace(config, depth=21, cue_channels=17), 5  # 5 of 21 blocks are the paper's 10 of 42
     model = random_network(lambda: DiT(config), BF16, setting.device)
-    batch = dit_inputs(config, slots, side, text, setting.device)
-    x = (
-        torch.cat([batch["latents"], batch["condition"]], 2),
-        batch["step"],
-        batch["text"],
-        batch["pose"],
-        batch["face"],
-    )
-    student = model.features(*x, depth)
-    sides = {
-        "teacher": lambda: train.same2x(student, model.features(*x, depth)),
-        "forward": lambda: model(*x, tap=depth),
-    }
-    times = alternate(sides, setting.repeats, setting.wait)
-    return row("train", "teacher and Same2X loss / a whole forward",
-               f"D {depth} of {config.depth} blocks of {config.dim}, {text} + {budget.tokens(slots, side, side):,} tokens",
-               "bfloat16", setting.repeats, pairwise(times, "teacher", "forward"), setting.target("<= 0.3"))  # fmt: skip
+    batch = random_batch(config, *size, setting.device)
+    x = torch.cat([batch["latents"], batch["condition"]], dim=2)
+    inputs = x, batch["step"], batch["text"], batch["pose"], batch["face"]
+    student = model.features(*inputs, depth)
+    teach = lambda: train.same2x(student, model.features(*inputs, depth))  # noqa: E731
+    times = alternate({"teacher": teach, "forward": lambda: model(*inputs)}, setting.repeats, setting.wait)
+    words = f"{depth} of {token_words(config, *size)}"
+    ratio, target = pairwise(times, "teacher", "forward"), setting.on_cpu("<= 0.3")
+    return row("teacher's blocks and Same2X loss / a whole forward pass", words, ratio, target)
 
 
-def train_full_width(setting: Setting) -> list[dict]:
-    """On a GPU: as many blocks of the full width as fit, with cues and checkpointing; the share of the GPU's peak."""
-    import train
-
-    config, slots, side, text = dit_sizes(setting)
-    video, room = budget.tokens(slots, side, side), budget.capacity(setting.device, 1)
+def train_full_width(setting: Setting) -> Iterator[dict]:
+    """On a GPU: as many blocks of full width as fit, with cues and checkpointing, and the use of the GPU's peak."""
+    config, *size = setting.dit
+    video, text, room = budget.tokens(size[0], size[1], size[1]), size[2], budget.capacity(setting.device, 1)
     needed = lambda c: sum(budget.memory(c, 1, "none", False, 0, video, text, 1, True).values())  # noqa: E731
-    config = next(
-        c for depth in range(config.depth, 0, -1) if needed(c := replace(config, depth=depth)) <= room
-    )
+    depths = (replace(config, depth=depth) for depth in range(config.depth, 0, -1))
+    config = next(c for c in depths if needed(c) <= room)
     with setting.device:
-        model = DiT(config).train()
+        model = DiT(config)
     model.checkpointing = True
-    step = step_of(train.Denoising(model, 1), setting.device)
-    batch = dit_inputs(config, slots, side, text, setting.device, torch.float32)
-    flops = budget.step_flops(config, video, text, 1, False, 0)  # what is recomputed does not count as use
-    best, rows = budget.peak_flops(torch.cuda.get_device_name(setting.device)) or setting.matmul, []
+    step, batch = step_of(model, setting.device), random_batch(config, *size, setting.device, torch.float32)
+    flops = budget.step_flops(config, video, text, 1, False, 0)  # what is recomputed is no use of the GPU
+    best = budget.peak_flops(torch.cuda.get_device_name(setting.device)) or setting.matmul
     for mode in setting.modes(model.blocks):
-        seconds = median(alternate({"step": lambda: step(batch)}, setting.repeats, setting.wait)["step"])
+        seconds = median(alternate({"": lambda: step(batch)}, setting.repeats, setting.wait)[""])
         held = torch.cuda.memory_allocated() + peak(lambda: step(batch), setting.device)
-        rows.append(row("train", f"step with cues, {mode}: MFU", f"{config.depth} blocks of {config.dim}, {text} + "
-                        f"{video:,} tokens", "float32, autocast bfloat16", setting.repeats, flops / seconds / best,
-                        **{"tokens/s": (video + text) / seconds, "s": seconds, "peak GiB, all": held / 2**30}))  # fmt: skip
-    return rows
+        figures = {"tokens/s": (video + text) / seconds, "s": seconds, "peak GiB": held / 2**30}
+        mfu = flops / seconds / best
+        yield row(f"step with cues, {mode}: MFU", token_words(config, *size), mfu, dtype=AUTOCAST, **figures)
 
 
-def bench_train(setting: Setting) -> list[dict]:
-    wide, *small = dit_sizes(setting)
-    sizes = small if setting.small else (6, 32, 226)  # 226 + 768 tokens
+def bench_train(setting: Setting) -> Iterator[dict]:
+    wide, *size = setting.dit
     middle = replace(wide, cue_channels=0) if setting.small else MIDDLE
-    rows = [train_beside(setting, middle, *sizes)]
+    size = size if setting.small else (6, 32, 226)  # 226 + 768 tokens
+    yield train_beside(setting, middle, *size)
     settle()
-    rows.append(train_cues(setting, replace(wide, depth=2), *sizes))
+    yield train_cues(setting, replace(wide, depth=2), *size)
     settle()
-    rows.append(train_teacher(setting, middle, *sizes))
+    yield train_teacher(setting, middle, *size)
     settle()
-    return rows + (train_full_width(setting) if setting.gpu else [])
+    if setting.gpu:
+        yield from train_full_width(setting)
 
 
 # ---- pipeline ------------------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """When each part of one run ended, in seconds after its start; the last run's."""
-
-    def start(self):
-        self.began, self.marks = time.perf_counter(), []
-
-    def mark(self, *_):
-        self.marks.append(time.perf_counter() - self.began)
-
-
-def our_pipeline(setting: Setting, ours: tuple, inputs: dict, steps: int) -> tuple[Callable, list]:
-    """sample.py from pictures, cue pictures and text states to frames; and [(encoded, denoised, decoded) of each run]."""
+def our_pipeline(vae: CausalVAE, dit: DiT, given: dict, steps: int, device, log: list) -> Callable:
+    """sample.py from picture, cue pictures and text states to frames; logs seconds until encoded and until denoised."""
     import sample
 
-    vae, dit = ours
-    args = SimpleNamespace(guidance=3.0, seed=0, sampler="dpm", steps=steps)
-    log, clock = [], Clock()
+    args = sample.parse_args(["--preset", "tiny", "--steps", str(steps)])[1]  # networks aside, the defaults
 
-    def run():
-        clock.start()
-        latents = sample.encode(args, vae, setting.device, inputs["reference"], inputs["own"], inputs["cues"])
-        clock.mark()
-        latents = sample.denoise(args, dit, setting.device, inputs["text"], *latents, 13)
-        clock.mark()
-        frames = list(sample.pictures(vae, latents, len(inputs["cues"]), setting.device))
-        clock.mark()
-        log.append(clock.marks)
-        return frames
+    def run() -> None:
+        began = time.perf_counter()
+        encoded = sample.encode(args, vae, device, given["reference"], given["own"], given["cues"])
+        middle = time.perf_counter()
+        latents, _ = sample.denoise(args, dit, device, given["text"], *encoded, 13)
+        log.append((middle - began, time.perf_counter() - began))
+        count(sample.pictures(vae, latents, len(given["cues"]), device))
 
-    return run, log
+    return run
 
 
-def their_pipeline(setting: Setting, theirs: tuple, inputs: dict, steps: int) -> tuple[Callable, list]:
-    """diffusers' image-to-video pipeline from the picture and text states to frames; and [(each step ..., end) of each run]."""
+def their_pipeline(vae: nn.Module, dit: nn.Module, given: dict, steps: int, log: list) -> Callable:
+    """diffusers' image-to-video pipeline from picture and text states to frames; logs when each step ended."""
     from PIL.Image import fromarray
 
-    diffusers, (vae, dit) = import_diffusers(), theirs
-    scheduler = diffusers.CogVideoXDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing", clip_sample=False,
-    )  # fmt: skip
+    diffusers = import_diffusers()
+    scheduler = diffusers.CogVideoXDPMScheduler(rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing",
+                                                prediction_type="v_prediction", clip_sample=False)  # fmt: skip
     pipe = diffusers.CogVideoXImageToVideoPipeline(None, None, vae, dit, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    height, width = inputs["reference"].shape[:2]
-    log, clock = [], Clock()
 
     def mark(pipe, index, step, tensors) -> dict:
-        clock.mark()  # on a GPU these say when a step was sent, not when it ended: used on CPUs only
+        log.append(time.perf_counter())  # on a GPU this is when the step was sent off: read on CPUs only
         return {}
 
-    def run():
-        clock.start()
-        frames = pipe(image=fromarray(inputs["reference"]), prompt_embeds=inputs["text"][:1], guidance_scale=3.0,
-                      negative_prompt_embeds=inputs["text"][1:], height=height, width=width, output_type="np",
-                      num_frames=len(inputs["cues"]), num_inference_steps=steps,
-                      callback_on_step_end=mark).frames[0]  # fmt: skip
-        clock.mark()
-        log.append(clock.marks)
-        return frames
+    def run() -> None:
+        (height, width), (text, null) = given["reference"].shape[:2], given["text"].split(1)
+        pipe(image=fromarray(given["reference"]), prompt_embeds=text, negative_prompt_embeds=null, height=height,
+             width=width, num_frames=len(given["cues"]), num_inference_steps=steps, guidance_scale=3.0,
+             output_type="np", callback_on_step_end=mark)  # fmt: skip
 
-    return run, log
-
-
-def pipeline_inputs(setting: Setting, text_dim: int, text: int) -> tuple[dict, float]:
-    """What both pipelines are given, and seconds a frame of making the cues from a driving video and its masks."""
-    frames, side = (9, 32) if setting.small else (49, 512) if setting.gpu else (9, 256)
-    reference, own, video, masks = drawn(frames, side)
-    find = cues.Finder(masks=masks, reference_mask=own[0])
-    made = {}
-
-    def make():
-        track = cues.analyse(video, reference[0], find)
-        made["cues"] = list(cues.render(video, track, (side, side)))
-
-    seconds = median(alternate({"cues": make}, setting.repeats)["cues"]) / frames
-    inputs = made | {"reference": reference[0], "own": cues.extract(reference, reference[0], find.reference)}
-    inputs["text"] = torch.randn(2, text, text_dim).to(setting.device, BF16)  # stands for T5's on both sides
-    return inputs, seconds
+    return run
 
 
 @torch.no_grad()
-def bench_pipeline(setting: Setting) -> list[dict]:
-    config, _, _, text = dit_sizes(setting)
-    text = 226  # the pipeline of diffusers is made for 226 text tokens
-    vae, dit = their_vae(vae_sizes(setting)[0], setting.device), their_dit(config, setting.device)
-    ours = (
-        our_network(CausalVAE, vae_sizes(setting)[0], vae, vae_name),
-        our_network(DiT, config, dit, dit_name),
-    )
-    inputs, preprocessing = pipeline_inputs(setting, config.text_dim, text)
-    frames, side = len(inputs["cues"]), inputs["reference"].shape[0]
-    steps = 50 if setting.gpu and not setting.small else 2
-    rows, sizes = [], f"{frames} frames {side}x{side}, {config.depth} blocks, {steps} steps, guidance"
-    for mode in setting.modes(ours[1].blocks, dit.transformer_blocks):
-        (run, parts), (their_run, marks) = (
-            our_pipeline(setting, ours, inputs, steps), their_pipeline(setting, (vae, dit), inputs, steps))  # fmt: skip
-        sides = {"ours": run, "diffusers": their_run}
+def bench_pipeline(setting: Setting) -> Iterator[dict]:
+    (vae_config, frames, side), (config, *_), device = setting.vae, setting.dit, setting.device
+    reference, find, video = drawn(frames, side, frames)
+    seconds = alternate({"cues": lambda: count(make_cues(reference, find, video))}, setting.repeats)["cues"]
+    own = list(cues.extract(reference[None], reference, find.reference).frames())
+    given = {"reference": reference, "own": own, "cues": list(make_cues(reference, find, video))}
+    given["text"] = torch.randn(2, 226, config.text_dim).to(
+        device, BF16
+    )  # stands for T5's states on both sides
+    vae, dit = their_vae(vae_config, device), their_dit(config, device)
+    our_dit = our_network(DiT, config, dit, dit_name)
+    steps, log, marks = 50 if setting.gpu and not setting.small else 2, [], []
+    ours = our_pipeline(our_network(CausalVAE, vae_config, vae, vae_name), our_dit, given, steps, device, log)
+    sides = {"ours": ours, "diffusers": their_pipeline(vae, dit, given, steps, marks)}
+    words = f"{frames} frames {side}x{side}, {config.depth} blocks of {config.dim}, {steps} steps, guidance"
+    for mode in setting.modes(our_dit.blocks, dit.transformer_blocks):
+        log.clear(), marks.clear()
         times = alternate(sides, setting.repeats, setting.wait)
-        pairs = list(zip(times["ours"], parts[1:], times["diffusers"], marks[1:]))  # [0]: the warm-up
-        figures = {"ratio, cue encoding not counted": median(b / (a - p[0]) for a, p, b, _ in pairs)}
+        runs = list(
+            zip(times["ours"], times["diffusers"], log[1:], marks[steps::steps], marks[steps + 1 :: steps])
+        )
+        figures = {
+            "ratio but for encoding cues": median(b / (a - encoded) for a, b, (encoded, _), *_ in runs)
+        }
         if setting.gpu:
-            figures |= {f"{name} s": median(seconds) for name, seconds in times.items()}
-            figures |= {f"{name} peak MiB": peak(one, setting.device) / MIB for name, one in sides.items()}
+            figures |= {f"{name} s": median(values) for name, values in times.items()}
+            figures |= {f"{name} peak MiB": peak(run, device) / MIB for name, run in sides.items()}
         else:
-            more = lambda p, m: ((50 - steps) / steps * (p[1] - p[0]), (50 - steps) * (m[1] - m[0]))  # noqa: E731
-            figures["ratio at 50 steps, calculated"] = median(
-                (b + more(p, m)[1]) / (a + more(p, m)[0]) for a, p, b, m in pairs)  # fmt: skip
-        rows.append(row("pipeline", f"picture and cues to frames, {mode}: diffusers' time / ours", sizes, "bfloat16",
-                        setting.repeats, pairwise(times, "diffusers", "ours"), setting.target(">= 1.5"),
-                        **figures))  # fmt: skip
-        rows.append(table_7(setting, sizes, mode, preprocessing, median(times["ours"]), frames))
-    return rows
+            longer = [
+                (a + 48 * (end - start) / steps, b + 48 * (second - first))
+                for a, b, (start, end), first, second in runs
+            ]
+            figures["ratio at 50 steps, calculated"] = median(b / a for a, b in longer)
+        what, ratio = (
+            f"picture and cues to frames, {mode}: diffusers' time / ours",
+            pairwise(times, "diffusers", "ours"),
+        )
+        yield row(what, words, ratio, setting.on_cpu(">= 1.5"), **figures)
+        yield table_7(setting, words, mode, median(seconds), median(times["ours"]), frames)
 
 
-def table_7(
-    setting: Setting, sizes: str, mode: str, preprocessing: float, generation: float, frames: int
-) -> dict:
-    """A row in the form of the paper's Table 7. Without a GPU its seconds would say nothing: the share is shown."""
+def table_7(setting: Setting, words: str, mode: str, making: float, generation: float, frames: int) -> dict:
+    """A row in the form of the paper's Table 7. On a CPU, where seconds say little, the share of making cues."""
     if not setting.gpu:
-        return row("pipeline", "Table 7: preprocessing (masks given) / generation", sizes, "bfloat16",
-                   setting.repeats, preprocessing * frames / generation)  # fmt: skip
-    figures = {"preprocessing ms a frame, masks given": 1000 * preprocessing, "generation s": generation}
-    return row("pipeline", f"Table 7, {mode}: generation s over {SECONDS}", sizes, "bfloat16", setting.repeats,
-               generation / SECONDS, setting.target(f"<= 1 ({SECONDS} s on an H100)", on_gpu=True),
-               **figures, **TABLE_7)  # fmt: skip
+        return row("Table 7: making the cues (masks given) / generation", words, making / generation)
+    figures = {
+        "making cues (masks given), ms a frame": 1000 * making / frames,
+        "generation s": generation,
+    } | TABLE_7
+    target = "" if setting.small else f"<= 1 ({SECONDS} s, one H100)"
+    return row(
+        f"Table 7, {mode}: generation over {SECONDS} s", words, generation / SECONDS, target, **figures
+    )
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------------
 
+PARTS = {
+    "cues": bench_cues,
+    "vae": bench_vae,
+    "dit": bench_dit,
+    "train": bench_train,
+    "pipeline": bench_pipeline,
+}
 
-def main(args: argparse.Namespace) -> None:
-    parts = {
-        "cues": bench_cues,
-        "vae": bench_vae,
-        "dit": bench_dit,
-        "train": bench_train,
-        "pipeline": bench_pipeline,
-    }
-    chosen = NAMES if args.part == "all" else (args.part,)
-    if chosen != ("cues",):
+
+def measure(args: argparse.Namespace) -> None:
+    chosen = list(PARTS) if args.part == "all" else [args.part]
+    if chosen != ["cues"]:
         import_diffusers()
     setting = Setting(args.size == "small", pick_device(args.device)[0], args.repeat)
-    torch.backends.cudnn.allow_tf32 = False  # the float32 result that others are held against
+    torch.backends.cudnn.allow_tf32 = False  # in the float32 result that others are held against
     name = torch.cuda.get_device_name(setting.device) if setting.gpu else "CPU"
     report = {
         "device": name,
@@ -784,25 +699,39 @@ def main(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
         "size": args.size,
     }
-    print(
-        f"{name}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, size {args.size}\n\n{HEAD}"
-    )
+    print(", ".join(f"{key} {value}" for key, value in report.items()) + f"\n\n{HEAD}")
     rows = []
     for part in chosen:
         settle()
-        if part != "cues":
-            setting = ceilings(setting)
-        for entry in parts[part](setting):
-            print(line(entry), flush=True)
-            rows.append(entry)
+        setting = setting if part == "cues" else ceilings(setting)
+        for entry in PARTS[part](setting):
+            rows.append({"part": part} | entry | {"repeats": entry["repeats"] or args.repeat})
+            print(line(rows[-1]), flush=True)
         if args.output:  # after each part: a later one may not fit
             args.output.write_text(json.dumps(report | {"rows": rows}, indent=1))
 
 
-if __name__ == "__main__":
+def main(argv=None) -> None:
+    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], **shown)
+    add = parser.add_argument
+    add("part", nargs="?", choices=[*PARTS, "all"], default="all", help="what to measure")
+    add("--size", choices=["full", "small"], default="full", help="small: tiny networks, to see that it runs")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if present, else cpu")
+    add("--repeat", type=int, default=5, help="timed runs of each side, after one that is not timed")
+    add("-o", "--output", type=Path, help="also write the rows to this JSON file")
+    args = parser.parse_args(argv)
     try:
-        main(ARGS)
+        if args.repeat < 1:
+            raise ValueError(f"--repeat {args.repeat}: give at least 1; a median wants 5")
+        if args.output and not args.output.parent.is_dir():
+            raise ValueError(f"-o {args.output}: there is no folder {args.output.parent}")
+        measure(args)
     except (ValueError, OSError) as error:
-        PARSER.exit(2, f"{PARSER.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
-        PARSER.exit(130, "\nstopped\n")
+        parser.exit(130, "\nstopped\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -22,12 +22,15 @@ import multiprocessing
 import os
 import sys
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import tee
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -151,15 +154,22 @@ def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
 OWN_PLACE = cues.CueOptions(align="none")  # in training the driver stands where the reference does
 
 
-def cue_variant(frames, track: cues.Track, k: int, generator, misaligned: bool) -> list[np.ndarray]:
+def cue_variant(
+    body: tuple, face: tuple, k: int, generator, misaligned: bool, looks: cues.CueOptions
+) -> list:
     """Variant k of a clip's cues, stacked: pose, face (T, 3, H, W), body, face mask (T, 1, H, W), float32.
 
-    Variant 0 is plain, each other one has a cut-off and blank runs of its own; `misaligned` (A.2) moves its Pose Cue.
+    body, face: (frames, Track) that the Pose Cue and the rest come from, mostly one and the same. Variant 0 is plain, each other
+    one has a cut-off and blank runs of its own; `misaligned` (A.2) moves its Pose Cue.
     """
-    options = cues.CueOptions(location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else 0.12)
-    drop = blank_runs(len(track.accepted), generator) if k else None
-    misalign = misalignment(track.presence(), generator) if misaligned else None
-    return [np.stack(part) for part in zip(*cues.render(frames, track, None, options, drop, misalign))]
+    options = replace(
+        looks, location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else looks.cutoff
+    )
+    drop = blank_runs(len(body[1].accepted), generator) if k else None
+    misalign = misalignment(body[1].presence(), generator) if misaligned else None
+    stack = lambda rows: [np.stack(part) for part in zip(*rows)]  # noqa: E731
+    found = stack(cues.render(*body, None, options, drop, misalign))
+    return found if face is body else [found[0], *stack(cues.render(*face, None, options, drop))[1:]]
 
 
 @torch.no_grad()
@@ -171,16 +181,16 @@ def latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
     )
 
 
-def pseudo_latents(vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int) -> dict[str, Tensor]:
+def pseudo_latents(
+    vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int, looks=OWN_PLACE
+) -> dict[str, Tensor]:
     """P pairs of a body and a face video, each (frames, Track) -> pseudo_pose, pseudo_face, (P*K, f, 16, h, w)."""
-    pose_cues, face_cues = [], []
-    for p, (body, face) in enumerate(pairs):
+    pose, face = [], []
+    for p, pair in enumerate(pairs):
         for k in range(variants):
-            draws = (*key, 1000 * (p + 1) + k)
-            pose, same_face, _, _ = cue_variant(*body, k, keyed(*draws), True)
-            pose_cues.append(pose)
-            face_cues.append(same_face if face is body else cue_variant(*face, k, keyed(*draws), True)[1])
-    return {"pseudo_pose": latents(vae, pose_cues), "pseudo_face": latents(vae, face_cues)}
+            found = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), True, looks)
+            pose.append(found[0]), face.append(found[1])
+    return {"pseudo_pose": latents(vae, pose), "pseudo_face": latents(vae, face)}
 
 
 @torch.no_grad()
@@ -188,18 +198,19 @@ def encode_clip(
     vae: CausalVAE,
     video: np.ndarray,
     own: tuple,
-    pairs: list[tuple],
+    pairs: list,
     text: Tensor,
     key: tuple,
     variants: int,
     refs: int,
+    looks=OWN_PLACE,
 ) -> dict[str, Tensor]:
     """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
 
-    own: (frames, Track), the frames that the cues are cut from: the video itself, or its larger original; pairs: see
-    `pseudo_latents`. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key` seeds every draw.
+    own: the clip's own pair of body and face, see `cue_variant`, whose frames may be the video's larger original; pairs: those
+    of other identities. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key` seeds every draw.
     """
-    variant = [cue_variant(*own, k, keyed(*key, k), False) for k in range(variants)]
+    variant = [cue_variant(*own, k, keyed(*key, k), False, looks) for k in range(variants)]
     pose, face, body, face_mask = variant[0]
     generator = keyed(*key, 999)
     frame = np.sort(generator.choice(len(video), size=min(refs, len(video)), replace=False))
@@ -227,7 +238,7 @@ def encode_clip(
         "ref_face": single(face[frame]),
         "text": text.to(torch.bfloat16),
     }
-    tensors |= pseudo_latents(vae, pairs, key, variants) if pairs else {}
+    tensors |= pseudo_latents(vae, pairs, key, variants, looks) if pairs else {}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -252,11 +263,38 @@ def toy_clip(number: int, frames: int = TOY_FRAMES) -> tuple[toy.Clip, toy.Clip]
     return own, other
 
 
+def toy_looks(args) -> cues.CueOptions:
+    """A skeleton is drawn in colours and shown as it is; the other Pose Cues are made of the video."""
+    return replace(
+        OWN_PLACE, pose="rgb" if args.pose_cue == "skeleton" else args.pose_cue, face=args.face_cue
+    )
+
+
+def toy_pair(clip: toy.Clip, args, generator: np.random.Generator) -> tuple:
+    """(body, face) of a drawn clip for `cue_variant`: the video for both, or for the body its skeleton (Table 3, S5)."""
+    face = clip.video, cues.analyse(clip.video, clip.video[0], toy_finder(clip), OWN_PLACE)
+    if args.pose_cue != "skeleton":
+        return face, face
+    joints = clip.joints + generator.normal(0, args.joint_noise, clip.joints.shape)
+    frames = np.stack([toy.draw_skeleton(j, TOY_SIZE, seen) for j, seen in zip(joints, clip.visible)])
+    wide = [
+        cv2.dilate(body.astype(np.uint8), np.ones((33, 33), np.uint8)) for body in clip.body
+    ]  # room for bad joints
+    return (frames, replace(face[1], masks=[zlib.compress(np.packbits(mask)) for mask in wide])), face
+
+
 def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
-    clips = toy_clip(number)
-    own, other = ((c.video, cues.analyse(c.video, c.video[0], toy_finder(c), OWN_PLACE)) for c in clips)
-    video, pairs = clips[0].video, [(other, other)]
-    tensors = encode_clip(vae, video, own, pairs, toy_text(), (number,), args.variants, args.refs)
+    own, other = toy_clip(number)
+    generator = keyed(number, 998)
+    if (
+        generator.random() < args.pseudo_faults
+    ):  # a bad pseudo video, which a filter would have dropped: another motion
+        other = toy.render(
+            identity=number + 500_000, motion=number + 700_000, frames=TOY_FRAMES, size=TOY_SIZE
+        )
+    pair, pairs = toy_pair(own, args, generator), [toy_pair(other, args, generator)]
+    sizes = (number,), args.variants, args.refs, toy_looks(args)
+    tensors = encode_clip(vae, own.video, pair, pairs, toy_text(), *sizes)
     save_cache(tensors, args.output / "cache" / f"{number:06d}.safetensors")
 
 
@@ -535,6 +573,10 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--held-out", type=int, default=64, help="test clips, of people and motions that training never sees")
     add("--variants", type=int, default=2, help="cue variants a clip, the first without augmentation")
     add("--refs", type=int, default=4, help="reference frames a clip, each with pixel noise of its own")
+    add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="Table 3: S4 gray, S3 rgb, S5 skeleton")
+    add("--joint-noise", type=float, default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
+    add("--face-cue", choices=["centered", "inplace"], default="centered", help="Table 3: S2 inplace")
+    add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw and encode")
     add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")

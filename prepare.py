@@ -260,7 +260,7 @@ def prepare_clip(args, line: dict, piece: list[tuple], find: cues.Finder, vae, e
 
     key = (crc32(line["id"].encode()),)
     text = encode_text(line["prompt"])
-    tensors = encode_clip(vae, video, (frames, track), [], text, key, args.variants, args.refs)
+    tensors = encode_clip(vae, video, ((frames, track),) * 2, [], text, key, args.variants, args.refs)
     part = home / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -326,7 +326,7 @@ def test_a_pose_cue_of_add_pseudo_is_misaligned_and_a_face_cue_is_not(monkeypatc
     track = cues.analyse(clip.video, clip.video[0], cues.Finder(masks=masks), prepare.OWN_PLACE)
     monkeypatch.setattr(data, "misalignment", lambda presence, generator: (1.0, np.array([8.0, 0.0])))
     plain, moved = (
-        data.cue_variant(clip.video, track, 0, prepare.keyed(0), misaligned) for misaligned in (False, True)
+        data.cue_variant(*[(clip.video, track)] * 2, 0, prepare.keyed(0), misaligned, prepare.OWN_PLACE) for misaligned in (False, True)
     )
     assert np.abs(moved[0][..., 8:] - plain[0][..., :-8]).mean() < 0.02 < np.abs(moved[0] - plain[0]).mean()
     assert all(np.array_equal(a, b) for a, b in zip(plain[1:], moved[1:]))
