@@ -1,10 +1,14 @@
 """The judge of the drawn world is right about the truth itself, and about known mistakes."""
 
+import sys
+
 import cv2
 import numpy as np
 import pytest
 
 import ablate
+import data
+import train
 from evaluate import masked_l1
 
 
@@ -69,3 +73,57 @@ def test_measures_of_the_truth_and_of_a_known_error(pairs):
 def test_summary_takes_the_median_over_all_joints():
     rows = [{"masked_l1": 1.0, "joint_error": [0.0, 0.0, 9.0]}, {"masked_l1": 3.0, "joint_error": [5.0, 7.0]}]
     assert ablate.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------------
+
+
+def plan(tmp_path, *rows, seeds=2):
+    _, args = ablate.parse_args(
+        ["run", *rows, "--seeds", str(seeds), "--work", str(tmp_path), "--results", str(tmp_path)]
+    )
+    args.rows = args.rows or list(ablate.ROWS)
+    return ablate.Pieces(args).stages
+
+
+def test_rows_that_differ_in_stage_2_alone_share_data_and_stage_1(tmp_path):
+    """full, S8 and D2: one data folder, one stage 1 a seed, a stage 2 and a score each; S4 needs data of its own."""
+    assert [len(stage) for stage in plan(tmp_path, "full", "S8", "D2")] == [1, 2, 6, 6]
+    assert [len(stage) for stage in plan(tmp_path, "full", "S4")] == [2, 4, 4, 4]
+    assert [len(stage) for stage in plan(tmp_path, "full", "S1", "concat")] == [1, 6, 6, 6]
+
+
+def test_every_row_is_made_of_commands_that_exist(tmp_path):
+    """Each command is accepted by the program that it calls, and no two pieces make the same thing."""
+    parsers = {"data.py": data.parse_args, "train.py": train.parse_args, "ablate.py": ablate.parse_args}
+    stages = plan(tmp_path)
+    assert sum(map(len, stages)) == len({target for stage in stages for target in stage})
+    for stage in stages:
+        for target, command in stage.items():
+            _, args = parsers[command[1]]([str(word) for word in command[2:]])
+            made = args.output / target.name if target.suffix != ".json" else args.output
+            assert made == target
+    scores = {target.stem: ablate.parse_args([str(w) for w in c[2:]])[1] for target, c in stages[3].items()}
+    assert (
+        scores["S1-0"].face == "none"
+        and scores["S6-1"].location == "none"
+        and scores["S3-0"].pose_cue == "rgb"
+    )
+
+
+def test_the_rows_of_the_papers_tables_are_all_there():
+    assert {f"S{k}" for k in range(1, 9)} | {
+        "full",
+        "D2",
+        "D3",
+        "lambda0.1",
+        "lambda1",
+        "concat",
+        "cross",
+    } <= set(ablate.ROWS)
+
+
+def test_a_failing_piece_names_its_command_and_log(tmp_path):
+    with pytest.raises(OSError, match="failed, see .*log"):
+        ablate.execute(tmp_path, tmp_path / "never", [sys.executable, "-c", "print('broken')"])
+    assert "broken" in (tmp_path / "logs" / f"{tmp_path.name}-never.log").read_text()
