@@ -6,8 +6,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -379,6 +381,43 @@ def test_kill_9_at_20_random_moments_always_leaves_a_whole_checkpoint(folder, tm
         assert step > last, "no progress between two kills"
         last = step
     assert kill_at(folder, run, 1000, *extra[:2], "--save-every", 4000, "--resume") == 0
+    a, b = weights_of(straight), weights_of(run)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Process ids of the ranks that a torchrun has started."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(launcher), "-f", "train.py"], capture_output=True, text=True
+    ).stdout
+    return [int(pid) for pid in found.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothing_had_happened(
+    folder, tmp_path, shard
+):
+    """One of two ranks killed at random; the job finds its run folder by itself. Bit for bit the undisturbed run."""
+    rng, steps = np.random.default_rng(0), 3000
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "20"]
+    launch += ["--monitor-interval", "0.2", "--master_port", str(29900 + os.getpid() % 90)]
+    common = ["--steps", steps, "--shard", shard, "--log-every", 500]
+    quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    torchrun(2, arguments(folder, straight, *common, "--save-every", steps))
+    words = [*launch, "train.py", *arguments(folder, run, *common, "--save-every", 2)]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said, **quiet)
+        killed, dead = 0, set()
+        while killed < 20 and process.poll() is None:
+            time.sleep(6 + 3 * rng.random())
+            alive = [pid for pid in workers_of(process.pid) if pid not in dead]
+            if len(alive) == 2:
+                os.kill(alive[rng.integers(2)], signal.SIGKILL)
+                killed, dead = killed + 1, dead | set(alive)
+        assert process.wait(timeout=900) == 0, (tmp_path / "said").read_text()[-3000:]
+    assert killed == 20, "finished before it was killed 20 times: raise steps"
     a, b = weights_of(straight), weights_of(run)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
