@@ -1,14 +1,14 @@
 """Speed and peak memory of these networks beside diffusers' CogVideoX, in one run.
 
-    python bench.py                     # everything at full size; diffusers: pip install -r requirements-dev.txt
+    python bench.py                     # all, at full size; diffusers: pip install -r requirements-dev.txt
     python bench.py vae -o bench.json   # one part, also as JSON
     python bench.py --size small        # tiny networks: shows that every part runs; its ratios mean nothing
 
-Both sides get the same weights and inputs and run in turn (ours, theirs, ours, ...) after a warm-up, so that a
-machine whose speed drifts slows both; a ratio is the median over the pairs. Speeds stand beside the machine's
-ceilings: the best matrix product and the best channels-last 3x3x3 convolution of several sizes, measured just
-before. Peak memory is what comes on top of the weights; on a CPU each side gets a fresh process for it. Seconds
-are shown on a GPU only, with its name. Targets were set for the full sizes on a CPU with two cores and AMX.
+Both sides get the same weights and inputs and run in turn (ours, theirs, ours, ...) after a warm-up, so that
+a machine whose speed drifts slows both; a ratio is the median over the pairs. Speeds stand beside ceilings:
+the best matrix product and the best channels-last 3x3x3 convolution of several sizes, measured just before.
+Peak memory is what comes on top of the weights; on a CPU each side gets a fresh process for it. Seconds are
+shown on a GPU only, with its name. Targets are for full size on a CPU with two cores and AMX.
 """
 
 import argparse
@@ -42,18 +42,16 @@ from vae import VAE_PRESETS, CausalVAE, VAEConfig
 
 BF16, CPU, MIB = torch.bfloat16, torch.device("cpu"), 2**20
 AUTOCAST = "bfloat16 autocast over float32"
-MIDDLE = DiTConfig(
-    1024, 6, 16, 32, 16, 256, 512, True, 0, "cuefusion"
-)  # 114 M parameters: steps take seconds
+MIDDLE = DiTConfig(1024, 6, 16, 32, 16, 256, 512, True, 0, "cuefusion")  # 116 M parameters, for training
 FRAME_RATE = 40  # frames a second that cue making should reach on two cores
 SECONDS = 25  # that 49 frames at 512x512 in 50 steps should take at most on one H100
 TABLE_7 = {"the paper's ms": 31, "the paper's s (H20)": 152.8}
-Sides = dict[str, Callable]
+Sides, Times = dict[str, Callable], dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where, how large and how often; ceilings in FLOP/s, of matrix products and channels-last convolutions."""
+    """Where, how large, how often; ceilings in FLOP/s, of matrix products and channels-last convolutions."""
 
     small: bool
     device: torch.device
@@ -79,7 +77,7 @@ class Setting:
             return DIT_PRESETS["tiny"], 4, 8, 8
         return DIT_PRESETS["cogvideox1.5-5b"], *((14, 64, 226) if self.gpu else (4, 32, 226))
 
-    def times(self, sides: Sides) -> dict[str, list[float]]:
+    def times(self, sides: Sides) -> Times:
         return alternate(sides, self.repeats, torch.cuda.synchronize if self.gpu else lambda: None)
 
     def modes(self, *stacks: nn.ModuleList) -> Iterator[str]:
@@ -94,10 +92,8 @@ class Setting:
 # ---- time and memory ---------------------------------------------------------------------------------------
 
 
-def alternate(
-    sides: Sides, repeats: int, wait=lambda: None, clock=time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of each side's runs, in turn, after one warm-up of each; `wait` returns once the device is idle."""
+def alternate(sides: Sides, repeats: int, wait=lambda: None, clock=time.perf_counter) -> Times:
+    """Seconds of each side's runs, in turn, after one warm-up of each; `wait` returns on an idle device."""
     times = {name: [] for name in sides}
     for turn in range(1 + repeats):
         for name, run in sides.items():
@@ -109,19 +105,18 @@ def alternate(
     return times
 
 
-def ratio(times: dict[str, list[float]], above: str = "diffusers", below: str = "ours") -> float:
+def ratio(times: Times, above: str = "diffusers", below: str = "ours") -> float:
     """Median over pairs of runs: what slows the machine for a while slows both runs of a pair."""
     return median(a / b for a, b in zip(times[above], times[below]))
 
 
-def speeds(setting: Setting, times: dict, flops: float, ceiling: float) -> dict[str, float]:
+def speeds(setting: Setting, times: Times, flops: float, ceiling: float) -> dict[str, float]:
     """GFLOP/s and share of the ceiling; `flops` are those the result needs, so the same for every side."""
     figures = {"ceiling GFLOP/s": ceiling / 1e9}
-    for name, rate in ((name, flops / median(seconds)) for name, seconds in times.items()):
-        figures |= {f"{name} GFLOP/s": rate / 1e9, f"{name} share": rate / ceiling}
-    return figures | (
-        {f"{name} s": median(seconds) for name, seconds in times.items()} if setting.gpu else {}
-    )
+    for name, seconds in ((name, median(values)) for name, values in times.items()):
+        figures |= {f"{name} GFLOP/s": flops / seconds / 1e9, f"{name} share": flops / seconds / ceiling}
+        figures |= {f"{name} s": seconds} if setting.gpu else {}
+    return figures
 
 
 @torch.no_grad()
@@ -196,9 +191,7 @@ def import_diffusers():
     try:
         import diffusers
     except ImportError:
-        raise ValueError(
-            "diffusers, to compare with, is missing: pip install -r requirements-dev.txt"
-        ) from None
+        raise ValueError("diffusers is not installed: pip install -r requirements-dev.txt") from None
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
 
@@ -218,8 +211,9 @@ def random_network(build: Callable, dtype: torch.dtype, device: torch.device) ->
 def their_vae(c: VAEConfig, device: torch.device) -> nn.Module:
     n = len(c.channels)
     sizes = dict(block_out_channels=c.channels, layers_per_block=c.layers, norm_num_groups=c.norm_groups,
-                 latent_channels=c.latent_channels, scaling_factor=c.scaling_factor, invert_scale_latents=True,
-                 down_block_types=("CogVideoXDownBlock3D",) * n, up_block_types=("CogVideoXUpBlock3D",) * n)
+                 latent_channels=c.latent_channels, scaling_factor=c.scaling_factor,
+                 invert_scale_latents=True, down_block_types=("CogVideoXDownBlock3D",) * n,
+                 up_block_types=("CogVideoXUpBlock3D",) * n)
     return random_network(lambda: import_diffusers().AutoencoderKLCogVideoX(**sizes), BF16, device)
 
 
@@ -234,7 +228,7 @@ def their_dit(c: DiTConfig, device: torch.device, dtype: torch.dtype = BF16) -> 
 
 
 def our_network(network_class, config, theirs: nn.Module, rename: Callable) -> nn.Module:
-    """Ours around their very tensors, so that 11 GB of weights are there once; the VAE lays its own out anew."""
+    """Ours around their very tensors, so that 11 GB of weights are there once; the VAE lays them out anew."""
     with torch.device("meta"):
         ours = network_class(config)
     state = {rename(name): tensor for name, tensor in theirs.state_dict().items()}
@@ -281,15 +275,8 @@ def inputs_of(batch: dict, *cue_names: str) -> tuple:
 
 def row(what: str, sizes: str, ratio: float, target="", dtype="bfloat16", repeats=0, **figures) -> dict:
     """One result. target: "<= 0.6" or ">= 4", perhaps with words; repeats 0: as many as were asked for."""
-    names = {
-        "what": what,
-        "sizes": sizes,
-        "dtype": dtype,
-        "repeats": repeats,
-        "ratio": ratio,
-        "target": target,
-    }
-    return names | {"figures": figures}
+    numbers = {"repeats": repeats, "ratio": ratio, "target": target, "figures": figures}
+    return {"what": what, "sizes": sizes, "dtype": dtype} | numbers
 
 
 def token_words(c: DiTConfig, slots: int, side: int, text: int) -> str:
@@ -303,7 +290,7 @@ def loop(frames: list, length: int) -> Iterator:
 
 
 def scene(side: int, length: int) -> tuple[dict, Callable]:
-    """(a drawn reference and its own cues; a function that streams those of a drawn clip, given its masks)."""
+    """(a drawn reference and its cues; a function that streams the cues of a drawn clip, given its masks)."""
     other, clip = toy.render(3, 4, frames=1, size=side), toy.render(1, 2, frames=9, size=side)
     own, masks = ([cues.paint_mask(*pair) for pair in zip(c.body, c.face)] for c in (other, clip))
     reference = other.video[0]
@@ -466,7 +453,7 @@ def train_cues(setting: Setting, config: DiTConfig, *size: int) -> dict:
 
 @torch.no_grad()
 def train_teacher(setting: Setting, config: DiTConfig, *size: int) -> dict:
-    """What the teacher adds to a step, in forward passes of the model: its first blocks, the cosine of Eq. 4."""
+    """What the teacher adds to a step, in forward passes: the first blocks and the cosine of Eq. 4."""
     import train
 
     config, depth = replace(config, depth=21, cue_channels=17), 5  # 5 of 21 blocks: the paper's 10 of 42
@@ -480,7 +467,7 @@ def train_teacher(setting: Setting, config: DiTConfig, *size: int) -> dict:
 
 
 def train_full_width(setting: Setting) -> Iterator[dict]:
-    """On a GPU: as many blocks of full width as fit, with cues and checkpointing; the use of the GPU's peak."""
+    """On a GPU: as many blocks of full width as fit, with cues and checkpointing, and the use of its peak."""
     (config, slots, side, text), device = setting.dit, setting.device
     video, room = budget.tokens(slots, side, side), budget.capacity(device, 1)
     needed = lambda c: sum(budget.memory(c, 1, "none", False, 0, video, text, 1, True).values())  # noqa: E731
@@ -513,7 +500,7 @@ def bench_train(setting: Setting) -> Iterator[dict]:
 
 
 def our_pipeline(vae: CausalVAE, dit: DiT, given: dict, steps: int, device, log: list) -> Callable:
-    """sample.py from picture, cue pictures and text states to frames; logs seconds of encoding and of a step."""
+    """sample.py from picture, cue pictures and text states to frames; logs seconds of encoding, of a step."""
     import sample
 
     args = sample.parse_args(["--preset", "tiny", "--steps", str(steps), "--guidance", "3"])[1]
@@ -542,9 +529,10 @@ def their_pipeline(vae: nn.Module, dit: nn.Module, given: dict, steps: int, log:
 
     def run() -> None:
         ends = []  # of the steps; on a GPU of their sending off, which nobody reads
+        step_ended = lambda *_: ends.append(time.perf_counter()) or {}  # noqa: E731
         pipe(image=picture, prompt_embeds=text[:1], negative_prompt_embeds=text[1:], height=picture.height,
-             width=picture.width, num_frames=len(given["cues"]), num_inference_steps=steps, guidance_scale=3.0,
-             output_type="np", callback_on_step_end=lambda *_: ends.append(time.perf_counter()) or {})
+             width=picture.width, num_frames=len(given["cues"]), num_inference_steps=steps,
+             guidance_scale=3.0, output_type="np", callback_on_step_end=step_ended)
         log.append(median(b - a for a, b in pairwise(ends)))
 
     return run
@@ -556,15 +544,11 @@ def bench_pipeline(setting: Setting) -> Iterator[dict]:
     (vae_config, frames, side), (config, *_), device = setting.vae, setting.dit, setting.device
     given, make = scene(side, frames)
     making = median(setting.times({"cues": lambda: count(make())})["cues"])
-    given |= {
-        "cues": list(make()),
-        "text": torch.randn(2, 226, config.text_dim).to(device, BF16),
-    }  # T5's states
+    text = torch.randn(2, 226, config.text_dim).to(device, BF16)  # stands for T5's states on both sides
+    given |= {"cues": list(make()), "text": text}
     theirs = their_vae(vae_config, device), their_dit(config, device)
-    vae, dit = (
-        our_network(CausalVAE, vae_config, theirs[0], vae_name),
-        our_network(DiT, config, theirs[1], dit_name),
-    )
+    vae = our_network(CausalVAE, vae_config, theirs[0], vae_name)
+    dit = our_network(DiT, config, theirs[1], dit_name)
     steps, log, their_log = 50 if setting.gpu and not setting.small else 2, [], []
     sides = {"ours": our_pipeline(vae, dit, given, steps, device, log)}
     sides |= {"diffusers": their_pipeline(*theirs, given, steps, their_log)}
@@ -584,10 +568,7 @@ def bench_pipeline(setting: Setting) -> Iterator[dict]:
         yield row(what, words, ratio(times), ">= 1.5", **figures)
         seconds = median(times["ours"])
         if setting.gpu:  # in the form of the paper's Table 7
-            figures = {
-                "making cues (masks given), ms a frame": 1000 * making / frames,
-                "generation s": seconds,
-            }
+            figures = {"cues (masks given), ms a frame": 1000 * making / frames, "generation s": seconds}
             what = f"Table 7, {mode}: generation over {SECONDS} s (aim: at most 1 on an H100)"
             yield row(what, words, seconds / SECONDS, **figures, **TABLE_7)
         else:
@@ -623,22 +604,19 @@ def measure(args: argparse.Namespace) -> None:
     setting = Setting(args.size == "small", pick_device(args.device)[0], args.repeat)
     torch.backends.cudnn.allow_tf32 = False  # in the float32 result that others are held against
     report = {"device": torch.cuda.get_device_name(setting.device) if setting.gpu else "CPU"}
-    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "size": args.size, "rows": []}
-    print(
-        ", ".join(f"{name} {report[name]}" for name in ("device", "threads", "torch", "size")),
-        HEAD,
-        sep="\n\n",
-    )
+    report |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "size": args.size}
+    print(", ".join(f"{name} {value}" for name, value in report.items()) + f"\n\n{HEAD}")
+    rows = []
     for part in chosen:
         settle()
         setting = setting if part == "cues" else ceilings(setting)
-        for row in PARTS[part](setting):
-            target = "" if setting.small or setting.gpu else row["target"]
-            row |= {"part": part, "repeats": row["repeats"] or args.repeat, "target": target}
-            report["rows"].append(row | {"met": met(target, row["ratio"])})
-            print(line(report["rows"][-1]), flush=True)
+        for entry in PARTS[part](setting):
+            target = "" if setting.small or setting.gpu else entry["target"]
+            entry |= {"part": part, "repeats": entry["repeats"] or args.repeat, "target": target}
+            rows.append(entry | {"met": met(target, entry["ratio"])})
+            print(line(rows[-1]), flush=True)
         if args.output:  # after each part: a later one may not fit
-            args.output.write_text(json.dumps(report, indent=1))
+            args.output.write_text(json.dumps(report | {"rows": rows}, indent=1))
 
 
 def main(argv=None) -> None:

@@ -54,9 +54,11 @@ def parse_args(argv=None):
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
     add("--data", type=Path, default=TOY_DATA, help="data folder made by data.py; the toy's is drawn when missing")
     add("--window", type=int, default=default["window"], help="latents of a clip seen at once, odd: 13 are 49 frames")
-    add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 weights file or run (toy: assets)")
+    add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 run or file (toy: assets); stage vae: a VAE")
     add("--teacher", type=Path, help="stage 2: a stage-1 run folder, .safetensors or .pt file")
     add("--init", choices=["teacher", "backbone"], default="teacher", help="stage 2: what the student starts from")
+    add("--decoder-only", action="store_true",
+        help="stage vae, from --backbone FILE: the encoder, and so every cached latent, stays as it is")
     add("--vae", type=Path, help="VAE that decodes the sample strips (default: the backbone's; toy: assets)")
     add("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     add("--dry-run", action="store_true", help="print what would be trained, and stop")
@@ -103,8 +105,13 @@ def parse_args(argv=None):
     if args.window % 2 == 0:
         parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, "
                      f"use {args.window - 1} or {args.window + 1}")
+    if args.stage == "0" and args.backbone:
+        parser.error("--stage 0 makes a backbone from nothing: drop --backbone")
+    if args.decoder_only and (args.stage != "vae" or not args.backbone):
+        parser.error("--decoder-only goes with --stage vae and --backbone FILE, the VAE to go on from")
     if args.preset == "toy":
-        args.backbone = args.backbone or ASSETS / "toy-backbone.safetensors"
+        if args.stage in ("1", "2"):
+            args.backbone = args.backbone or ASSETS / "toy-backbone.safetensors"
         args.vae = args.vae or ASSETS / "toy-vae.safetensors"
     elif args.vae is None and args.backbone and (args.backbone / "vae").is_dir():
         args.vae = args.backbone
@@ -220,7 +227,9 @@ def build(args) -> nn.Module:
     """The network to train, on the CPU; what comes from a file keeps the file's dtype and stays memory-mapped."""
     torch.manual_seed(args.seed)
     if args.stage == "vae":
-        return CausalVAE(VAE_PRESETS[args.preset])
+        vae = load_weights(args.backbone)[0] if args.backbone else CausalVAE(VAE_PRESETS[args.preset])
+        vae.encoder.requires_grad_(not args.decoder_only)
+        return vae
     config = dit_config(args)
     if args.stage == "0":
         return DiT(replace(config, cue_channels=0, cue_injection="cuefusion"))
@@ -249,8 +258,8 @@ def load_teacher(args, dtype, device) -> DiT | None:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """No decay on biases and norms; decay would also pull CueFusion's -1 biases away from the identity."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed, plain = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
@@ -441,7 +450,9 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
     if room and needed(args.shard, *here) > room:
         nearest = budget.nearest_fit(room, args.shard, *here, needed)
         raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
-    if ranks.device.type == "cpu" and video + text < 1024:  # the switch rules the CPU's kernel too, whose backward pass
+    if (
+        ranks.device.type == "cpu" and video + text < 1024
+    ):  # the switch rules the CPU's kernel too, whose backward pass
         torch.backends.cuda.enable_flash_sdp(False)  # is slow for few tokens: 12 % of a toy step
     if peak := ranks.peak():
         ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")

@@ -242,6 +242,33 @@ def test_sharded_runs_resume_on_another_number_of_ranks(folder, teacher, tmp_pat
     assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-30) for k in a) < 1e-9
 
 
+def test_a_decoder_is_trained_alone_and_the_encoder_stays(tmp_path, monkeypatch):
+    """So that a better picture needs no new latents."""
+    monkeypatch.setattr(train.data.Pictures.__init__, "__defaults__", (2,))
+    torch.manual_seed(0)
+    save_weights(tmp_path / "vae.safetensors", CausalVAE(VAE_PRESETS["tiny"]))
+    before = load_file(tmp_path / "vae.safetensors")
+    run = tmp_path / "run"
+    words = [
+        "--preset",
+        "tiny",
+        "--stage",
+        "vae",
+        "--backbone",
+        tmp_path / "vae.safetensors",
+        "--decoder-only",
+        "--steps",
+        2,
+    ]
+    _, args = train.parse_args(
+        [str(w) for w in [*words, "--batch", 1, "-o", run, "--device", "cpu", "--dtype", "float32"]]
+    )
+    train.train(args)
+    after = weights_of(run)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------------
 
 
