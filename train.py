@@ -271,13 +271,24 @@ def learning_rate(step: int, args) -> float:
 
 
 def export(run: Path, output: Path) -> None:
-    """The newest weights of a run, averaged if there is an average, as one bfloat16 file."""
+    """The newest weights of a run, averaged if there is an average, as one bfloat16 file; a VAE's with whitened latents."""
     if output.suffix != ".safetensors":
         raise ValueError(f"-o {output}: give a name that ends in .safetensors")
-    network, header = load_weights(run)
-    kept = {name: header[name] for name in ("preset", "stage", "step", "window")}
+    network, header = load_weights(run, torch.float32)
+    if isinstance(network, CausalVAE):
+        network.whiten(*latent_statistics(network))
+        network.config = replace(network.config, scaling_factor=1.0)
+    kept = {name: header[name] for name in ("preset", "stage", "step", "window") if name in header}
     save_weights(output, network, dtype=torch.bfloat16, **kept)
     print(f"wrote {output}: stage {kept['stage']}, step {kept['step']}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+@torch.no_grad()
+def latent_statistics(vae: CausalVAE, clips: int = 50) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, (16,) both, over clips of the drawn world."""
+    videos = (data.toy_clip(data.HELD_OUT + number)[0].video for number in range(clips))
+    latents = torch.cat([vae.encode(data.to_tensor(video)[None])[0] for video in videos])
+    return latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
 
 
 # ---- what is written while it runs -----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class VAEConfig:
 
 VAE_PRESETS = {
     "cogvideox1.5": VAEConfig((128, 256, 256, 512), 3, 16, 32, 0.7),
-    "toy": VAEConfig((16, 32, 48, 48), 1, 16, 4, 0.7),
+    "toy": VAEConfig((16, 32, 48, 48), 1, 16, 4, 1.0),
     "tiny": VAEConfig((8, 8, 16, 16), 1, 16, 4, 0.7),
 }
 
@@ -276,6 +276,22 @@ class CausalVAE(nn.Module):
                     nn.init.zeros_(conv.weight), nn.init.constant_(conv.bias, value)
         C = self.config.latent_channels
         nn.init.zeros_(self.encoder.conv_out.weight[C:]), nn.init.constant_(self.encoder.conv_out.bias[C:], -6.0)
+
+    @torch.no_grad()
+    def whiten(self, mean: Tensor, std: Tensor):
+        """Let the latents be (z - mean) / std from now on, mean and std (16,) in float32, and the pictures what they were.
+
+        Every layer that makes or reads latents is linear in them, so both go into its weights. Only at the picture's border the
+        decoder differs a little: where its first convolution saw zeros it now sees the mean.
+        """
+        C, out = self.config.latent_channels, self.encoder.conv_out
+        out.weight[:C] /= std.view(-1, 1, 1, 1, 1)
+        out.bias[:C] = (out.bias[:C] - mean) / std
+        out.bias[C:] -= 2 * std.log()
+        readers = [m for m in self.decoder.modules() if isinstance(m, Norm)]
+        for conv in [self.decoder.conv_in, *(c for m in readers for c in (m.conv_y, m.conv_b))]:
+            conv.bias += (conv.weight * mean.view(1, -1, 1, 1, 1)).sum((1, 2, 3, 4))
+            conv.weight *= std.view(1, -1, 1, 1, 1)
 
     def channels_last(self):
         """Lay the weights out for channels-last convolutions (again after loading: assignment keeps the file's layout)."""

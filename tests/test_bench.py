@@ -58,7 +58,8 @@ def test_ratio_is_the_median_over_pairs():
 
 @pytest.mark.parametrize(
     "target, value, verdict",
-    [("<= 0.6", 0.6, "yes"), ("<= 0.6", 0.61, "no"), (">= 4", 4.5, "yes"), (">= 2 or so", 1, "no"), ("", 3, "")],
+    [("<= 0.6", 0.6, "yes"), ("<= 0.6", 0.61, "no"), (">= 4", 4.5, "yes"),
+     (">= 2 or so", 1, "no"), ("", 3, "")],
 )  # fmt: skip
 def test_targets_are_read_in_their_direction(target, value, verdict):
     assert bench.met(target, value) == verdict
