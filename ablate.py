@@ -3,9 +3,9 @@
     python ablate.py score runs/toy-stage2 --sheet sheet.png      # one model
     python ablate.py run full S1 S8 --seeds 3                     # rows: data, stage 1, stage 2, results/ROW-SEED.json
 
-A pair is a person A, a motion, and another person B who performs it. The model gets one picture of A (another moment of the
-clip), Pose and Face Cue of B, and the Location Cue of A's own clip, as the paper evaluates (pose and face from pseudo drivers,
-place from the clip). Truth is A performing the motion: a drawn world has it, real data never do.
+A pair is a person A, a motion, and another person B who performs it. The model gets one picture of A (another moment
+of the clip), Pose and Face Cue of B, and the Location Cue of A's own clip, as the paper evaluates (pose and face from
+pseudo drivers, place from the clip). Truth is A performing the motion: a drawn world has it, real data never do.
 
     masked L1, masked PSNR   over A's silhouette, two pixels wider
     joint error              how far, in pixels, what surrounds a visible joint has to be moved to fit best: see `locate`
@@ -62,14 +62,15 @@ def draw_pair(number: int) -> Pair:
     return Pair(whole.video[REFERENCE_FRAME], people[0], people[1], people[2:])
 
 
-# ---- measures -----------------------------------------------------------------------------------------------------------
+# ---- measures ------------------------------------------------------------------------------------------------------
 
 
 def locate(truth: np.ndarray, mask: np.ndarray, joint: np.ndarray, picture: np.ndarray) -> float:
     """Distance in pixels between a joint of the true picture and the place in `picture` that looks most like it.
 
-    The 13 x 13 pixels around the joint, inside the person's mask, are moved up to 16 pixels each way over `picture`; the place
-    with the least squared difference wins. truth, picture (H, W, 3) uint8; mask (H, W) bool; joint (x, y), inside the mask's box.
+    The 13 x 13 pixels around the joint, inside the person's mask, are moved up to 16 pixels each way over `picture`;
+    the place with the least squared difference wins. truth, picture (H, W, 3) uint8; mask (H, W) bool; joint (x, y),
+    inside the mask's box.
     """
     x, y = np.rint(joint).astype(int) + PATCH + REACH
     pad = lambda p: cv2.copyMakeBorder(p, *[PATCH + REACH] * 4, cv2.BORDER_REPLICATE)  # noqa: E731
@@ -80,9 +81,7 @@ def locate(truth: np.ndarray, mask: np.ndarray, joint: np.ndarray, picture: np.n
         np.float32(search), np.float32(patch), cv2.TM_SQDIFF, mask=np.repeat(inside[..., None], 3, 2)
     )
     away = np.hypot(*np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1])
-    return float(
-        away.flat[np.argmin(cost + 1e-3 * away * max(inside.sum(), 1))]
-    )  # of equal places the nearest
+    return float(away.flat[np.argmin(cost + 1e-3 * away * max(inside.sum(), 1))])  # of equal places the nearest
 
 
 def joint_errors(truth: toy.Clip, video: np.ndarray) -> list[float]:
@@ -100,9 +99,7 @@ def clothes(video: np.ndarray, masks: np.ndarray) -> np.ndarray:
     for frame, mask in zip(video, masks):
         lab = cv2.cvtColor(np.float32(frame) / 255, cv2.COLOR_RGB2Lab)
         rows = np.nonzero(mask)[0]
-        for band, part in zip(
-            bands, np.array_split(np.sort(rows), 4)
-        ):  # a quarter of the silhouette's pixels each
+        for band, part in zip(bands, np.array_split(np.sort(rows), 4)):  # a quarter of the silhouette's pixels each
             inside = mask.copy()
             inside[: part[0]], inside[part[-1] + 1 :] = False, False
             band.append(lab[inside].mean(0))
@@ -134,7 +131,7 @@ def summary(rows: list[dict]) -> dict:
     return means | {"joint_error": float(np.median(np.concatenate([row["joint_error"] for row in rows])))}
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------------
+# ---- sampling ------------------------------------------------------------------------------------------------------
 
 
 def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +233,7 @@ def table(answers: dict[str, dict]) -> str:
     return "\n".join(lines + [f"| {answer} | {row} |" for answer, row in cells.items()])
 
 
-# ---- rows: what a table of the paper changes ------------------------------------------------------------------------------
+# ---- rows: what a table of the paper changes -----------------------------------------------------------------------
 
 
 class Row(NamedTuple):
@@ -260,9 +257,7 @@ ROWS = {
     "S6": Row("3", "without Location Cue", both=("--location", "none"), judge=("--location", "none")),
     "S7": Row("3", "Location Cue, hard mask", both=("--location", "hard"), judge=("--location", "hard")),
     "S8": Row("3", "without Same2X, from the teacher", second=("--lambda", "0")),
-    "S8-backbone": Row(
-        "3", "without Same2X, from the backbone", second=("--lambda", "0", "--init", "backbone")
-    ),
+    "S8-backbone": Row("3", "without Same2X, from the backbone", second=("--lambda", "0", "--init", "backbone")),
     "full-backbone": Row("Fig. 1", "with Same2X, from the backbone", second=("--init", "backbone")),
     "D2": Row("4", "aligned at block 2 of 4 (paper: 20 of 42)", second=("--align-depth", "2")),
     "D3": Row("4", "aligned at block 3 of 4 (paper: 30 of 42)", second=("--align-depth", "3")),
@@ -275,10 +270,7 @@ ROWS = {
 
 
 def slug(*flags: str) -> str:
-    return (
-        "".join(flag.lstrip("-") + ("-" if flag.startswith("--") else ".") for flag in flags).rstrip(".-")
-        or "base"
-    )
+    return "".join(flag.lstrip("-") + ("-" if flag.startswith("--") else ".") for flag in flags).rstrip(".-") or "base"
 
 
 class Pieces:

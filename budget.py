@@ -3,9 +3,9 @@
     python budget.py                                   # the 5B model on 1, 4, 8 and 64 GPUs
     python train.py --stage 2 ... --dry-run            # the same arithmetic for one run
 
-Parameters are counted on a network without memory (the meta device), so they are exact, and so are the bytes of everything
-that lives from step to step. What lives within a step (gathered weights, activations) is the sum of the tensors that autograd
-keeps; `tests/test_budget.py` compares both with real ones.
+Parameters are counted on a network without memory (the meta device), so they are exact, and so are the bytes of
+everything that lives from step to step. What lives within a step (gathered weights, activations) is the sum of the
+tensors that autograd keeps; `tests/test_budget.py` compares both with real ones.
 """
 
 import argparse
@@ -26,12 +26,10 @@ PEAK = {
 }  # dense bfloat16 FLOP/s
 MFU = 0.40  # share of the peak that an expected time assumes
 KEPT_TOKEN, KEPT_CUE = 24, 6  # numbers of width D that autograd keeps of a token in a block, and of its cues
-PASSING = (
-    10  # those that come and go in the backward pass of one block, mostly the feed-forward's hidden layer
-)
+PASSING = 10  # those that come and go in the backward pass of one block, mostly the feed-forward's hidden layer
 
 
-# ---- tokens and FLOPs ---------------------------------------------------------------------------------------------------
+# ---- tokens and FLOPs ----------------------------------------------------------------------------------------------
 
 
 def tokens(slots: int, h: int, w: int) -> int:
@@ -42,8 +40,8 @@ def tokens(slots: int, h: int, w: int) -> int:
 def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = None) -> float:
     """One sample through the first `depth` blocks (default: all), two FLOPs a multiply-add, matrix products only.
 
-    A block is 24 D^2 for each of S tokens (q, k, v, out: 8; feed-forward: 16) and 4 D S^2 for attention. The cues cost nothing
-    here: Eq. 1 multiplies one vector a sample, Eq. 2 and 3 are elementwise.
+    A block is 24 D^2 for each of S tokens (q, k, v, out: 8; feed-forward: 16) and 4 D S^2 for attention. The cues
+    cost nothing here: Eq. 1 multiplies one vector a sample, Eq. 2 and 3 are elementwise.
     """
     D, S = config.dim, video + text
     block = 24 * D**2 * S + 4 * D * S**2
@@ -52,10 +50,7 @@ def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = 
     ends = (
         2
         * D
-        * (
-            8 * (config.in_channels + config.out_channels + 2 * config.cue_channels) * video
-            + config.text_dim * text
-        )
+        * (8 * (config.in_channels + config.out_channels + 2 * config.cue_channels) * video + config.text_dim * text)
     )
     return (config.depth if depth is None else depth) * block + ends
 
@@ -68,7 +63,7 @@ def step_flops(
     return samples * (own + (forward_flops(config, video, text, teacher_depth) if teacher_depth else 0))
 
 
-# ---- bytes ----------------------------------------------------------------------------------------------------------------
+# ---- bytes ---------------------------------------------------------------------------------------------------------
 
 
 @lru_cache
@@ -83,9 +78,7 @@ def numbers(config: DiTConfig, ranks: int = 1, prefix: str = "") -> int:
     return sum(-(-shape[0] // ranks) * shape[1:].numel() for shape in shapes)
 
 
-def state_bytes(
-    config: DiTConfig, ranks: int, shard: str, ema: bool, teacher_depth: int, master=4, compute=2
-) -> dict:
+def state_bytes(config: DiTConfig, ranks: int, shard: str, ema: bool, teacher_depth: int, master=4, compute=2) -> dict:
     """What lives from step to step on the fullest rank: exact."""
     own = numbers(config, 1 if shard == "none" else ranks) * master
     parts = {"parameters": own, "gradients": own, "Adam's moments": 2 * own + 4 * len(parameters(config))}
@@ -99,8 +92,9 @@ def state_bytes(
 def working_bytes(config, shard, ranks, video, text, batch, checkpointing, master=4, compute=2) -> dict:
     """What lives within a step, at its fullest moment: the backward pass through one block.
 
-    Weights in the compute dtype: `full` has two blocks at a time (one runs, the next is on its way), the others all. A gradient is
-    whole for a block or two before it is cut and sent. Of each block its input is kept; of the one that runs, all of it.
+    Weights in the compute dtype: `full` has two blocks at a time (one runs, the next is on its way), the others all.
+    A gradient is whole for a block or two before it is cut and sent. Of each block its input is kept; of the one that
+    runs, all of it.
     """
     everything, block = numbers(config), numbers(config, prefix="blocks.0.")
     gathered = (everything - (config.depth - 2) * block) if shard == "full" else everything
@@ -108,19 +102,13 @@ def working_bytes(config, shard, ranks, video, text, batch, checkpointing, maste
     if shard != "none":
         parts["gradients on their way"] = (compute + master) * block
     S, D = video + text, config.dim
-    streams = (
-        batch * D * (S + (2 * video if config.cue_channels and config.cue_injection == "cuefusion" else 0))
-    )
+    streams = batch * D * (S + (2 * video if config.cue_channels and config.cue_injection == "cuefusion" else 0))
     inside = batch * D * (KEPT_TOKEN * S + (KEPT_CUE * video if config.cue_channels else 0))
-    parts["activations"] = compute * (
-        config.depth * streams + inside if checkpointing else config.depth * inside
-    )
+    parts["activations"] = compute * (config.depth * streams + inside if checkpointing else config.depth * inside)
     return parts
 
 
-def memory(
-    config, ranks, shard, ema, teacher_depth, video, text, batch, checkpointing, master=4, compute=2
-) -> dict:
+def memory(config, ranks, shard, ema, teacher_depth, video, text, batch, checkpointing, master=4, compute=2) -> dict:
     """Bytes on the fullest rank by part."""
     working = working_bytes(config, shard, ranks, video, text, batch, checkpointing, master, compute)
     return state_bytes(config, ranks, shard, ema, teacher_depth, master, compute) | working
@@ -153,9 +141,7 @@ def nearest_fit(room: float, shard: str, ranks: int, batch: int, checkpointing: 
         for rows, again in ((batch, checkpointing), (batch, True), (1, True)):
             for mode in shards[shards.index(shard) :] if count > 1 else ("none",):
                 if needed(mode, count, rows, again) <= room:
-                    words = [f"--shard {mode}"] * (mode != shard) + ["--checkpointing"] * (
-                        again != checkpointing
-                    )
+                    words = [f"--shard {mode}"] * (mode != shard) + ["--checkpointing"] * (again != checkpointing)
                     words += [f"--batch {rows}"] * (rows != batch) + [f"{count} ranks"] * (count != ranks)
                     return ", ".join(words)
     return None
@@ -166,12 +152,10 @@ def peak_flops(name: str) -> float | None:
     return next((peak for key, peak in PEAK.items() if key in name), None)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def table(
-    config: DiTConfig, video: int, text: int, align_depth: int, gpu: str = "H100", accumulate: int = 1
-) -> str:
+def table(config: DiTConfig, video: int, text: int, align_depth: int, gpu: str = "H100", accumulate: int = 1) -> str:
     """Markdown: GiB a rank and expected seconds a step for both stages, batch 1 a rank, checkpointing."""
     lines = [
         "| GPUs | --shard | stage 1, GiB | stage 2, GiB | samples a step | s a step, stage 1 | stage 2 |",

@@ -159,7 +159,7 @@ def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
     turned away and shows hair; it was not missed.
     """
     boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))
-    slim = (boxes[:, 2] - boxes[:, 0]) / (boxes[:, 3] - boxes[:, 1])
+    slim = (boxes[:, 2] - boxes[:, 0]) / np.maximum(boxes[:, 3] - boxes[:, 1], 1)
     for left, right in zip(seen[:-1], seen[1:]):
         turned_away = max(slim[left], slim[right]) < 0.62
         if 1 < right - left <= longest + 1 and not turned_away:
@@ -597,7 +597,7 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
     the frames. ValueError: an empty clip, no frame accepted, or a reference that shows nobody to align to.
     """
     canvas, masks, bodies, faces, scores, cuts = reference.shape[:2], [], [], [], [], []
-    own_box, own_face = np.full(4, np.nan), np.full(4, np.nan)
+    own_box, own_face, last_mask, last_colour = np.full(4, np.nan), np.full(4, np.nan), None, None
     if options.align != "none":
         _, person, own_face = next(find.reference([reference]))
         own_box = tight_box(without_strays(person.mask))

@@ -1,8 +1,8 @@
 """Data: from clips to the tensors that the network eats (paper Sec. 4.1, A.2, A.3).
 
-The network sees a clip as latents [reference, window]: slot 0 holds the reference picture, the others the clip's own latents. The
-image condition has the reference at slot 0 and zeros elsewhere; the cues have the reference's own cues at slot 0: one pair of cue and
-appearance, in context.
+The network sees a clip as latents [reference, window]: slot 0 holds the reference picture, the others the clip's own
+latents. The image condition has the reference at slot 0 and zeros elsewhere; the cues have the reference's own cues
+at slot 0: one pair of cue and appearance, in context.
 
 Frozen networks run once: a data folder caches, for every clip, all that they say of it, and training reads only that.
 
@@ -11,8 +11,9 @@ Frozen networks run once: a data folder caches, for every clip, all that they sa
 
     DATA/clips.jsonl            a line a clip: id, split, frames, fps, height, width, pseudo: how many other identities drive it
     DATA/cache/ID.safetensors   latents (f,16,h,w) as mean and logvar; pose, face (K,f,16,h,w), variant 0 plain, the others augmented;
-                                pseudo_pose, pseudo_face (P*K,f,16,h,w); body, face_mask (T,H,W/8) packed bits; R reference frames,
-                                clean and noisy, with their cues: ref_* (R,16,h,w), ref_frame (R,); text (L,D)
+                                pseudo_pose, pseudo_face (P*K,f,16,h,w); body, face_mask (T,H,W/8) packed bits; R
+                                reference frames, clean and noisy, with their cues: ref_* (R,16,h,w), ref_frame (R,);
+                                text (L,D)
 """
 
 import argparse
@@ -46,9 +47,7 @@ from load_cogvideox import load_weights, pick_device, read_header
 from vae import CausalVAE, chunks
 from video import write_image, write_video
 
-IMAGE_LATENT_SCALE = (
-    1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
-)
+IMAGE_LATENT_SCALE = 1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
 TOY_SIZE, TOY_FRAMES, TOY_TEXT = (
     96,
     33,
@@ -62,7 +61,7 @@ def keyed(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
 
 
-# ---- pictures and masks to latents ----------------------------------------------------------------------------------------
+# ---- pictures and masks to latents ---------------------------------------------------------------------------------
 
 
 def to_tensor(picture: np.ndarray) -> Tensor:
@@ -84,8 +83,8 @@ def padded(frames: Iterable) -> Iterator:
 def pool_masks(masks: Tensor) -> Tensor:
     """Masks at latent size: (T, 1, H, W) -> (f, 1, H/8, W/8), the mean over 8x8 pixels and the latent's own frames.
 
-    T = 4f-3 for the start of a clip (its first latent is one frame), or 4f for a later piece. Paper silent: an area mean, since
-    trilinear resizing would read only the centre pixels of each cell.
+    T = 4f-3 for the start of a clip (its first latent is one frame), or 4f for a later piece. Paper silent: an area
+    mean, since trilinear resizing would read only the centre pixels of each cell.
     """
     alone, rest = masks.split([masks.shape[0] % 4, masks.shape[0] // 4 * 4])
     frames = torch.cat([alone, rest.unflatten(0, (-1, 4)).mean(1)])
@@ -101,7 +100,8 @@ def unzip(rows: Iterable[tuple], width: int) -> list[Iterator]:
 def encode_cues(vae: CausalVAE, rows: Iterable[tuple], device, scale: float) -> tuple[Tensor, Tensor]:
     """Cue latents and masks of a stream of `cues.render` rows, 8k+1 (or 1) of them, in constant memory.
 
-    Returns pose, face (1, f, 17, h, w), float32 on the CPU: 16 latent channels (the VAE's mean, times `scale`), then the mask.
+    Returns pose, face (1, f, 17, h, w), float32 on the CPU: 16 latent channels (the VAE's mean, times `scale`), then
+    the mask.
     """
     streams = [(torch.from_numpy(array)[None].to(device) for array in stream) for stream in unzip(rows, 4)]
     pose, face = vae.encode_stream(streams[0]), vae.encode_stream(streams[1])
@@ -111,10 +111,7 @@ def encode_cues(vae: CausalVAE, rows: Iterable[tuple], device, scale: float) -> 
     ):
         pairs = (pose_mean, body), (face_mean, face_mask)
         parts.append(
-            [
-                torch.cat([z[0].float() * scale, pool_masks(torch.cat(masks))], dim=1).cpu()
-                for z, masks in pairs
-            ]
+            [torch.cat([z[0].float() * scale, pool_masks(torch.cat(masks))], dim=1).cpu() for z, masks in pairs]
         )
     pose, face = (torch.cat(part)[None] for part in zip(*parts))
     return pose, face
@@ -134,7 +131,7 @@ def image_condition(image: Tensor, slots: int) -> Tensor:
     return condition
 
 
-# ---- one clip into the cache ----------------------------------------------------------------------------------------------
+# ---- one clip into the cache ---------------------------------------------------------------------------------------
 
 
 def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
@@ -154,17 +151,13 @@ def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
 OWN_PLACE = cues.CueOptions(align="none")  # in training the driver stands where the reference does
 
 
-def cue_variant(
-    body: tuple, face: tuple, k: int, generator, misaligned: bool, looks: cues.CueOptions
-) -> list:
+def cue_variant(body: tuple, face: tuple, k: int, generator, misaligned: bool, looks: cues.CueOptions) -> list:
     """Variant k of a clip's cues, stacked: pose, face (T, 3, H, W), body, face mask (T, 1, H, W), float32.
 
-    body, face: (frames, Track) that the Pose Cue and the rest come from, mostly one and the same. Variant 0 is plain, each other
-    one has a cut-off and blank runs of its own; `misaligned` (A.2) moves its Pose Cue.
+    body, face: (frames, Track) that the Pose Cue and the rest come from, mostly one and the same. Variant 0 is plain,
+    each other one has a cut-off and blank runs of its own; `misaligned` (A.2) moves its Pose Cue.
     """
-    options = replace(
-        looks, location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else looks.cutoff
-    )
+    options = replace(looks, location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else looks.cutoff)
     drop = blank_runs(len(body[1].accepted), generator) if k else None
     misalign = misalignment(body[1].presence(), generator) if misaligned else None
     stack = lambda rows: [np.stack(part) for part in zip(*rows)]  # noqa: E731
@@ -181,9 +174,7 @@ def latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
     )
 
 
-def pseudo_latents(
-    vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int, looks=OWN_PLACE
-) -> dict[str, Tensor]:
+def pseudo_latents(vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int, looks=OWN_PLACE) -> dict[str, Tensor]:
     """P pairs of a body and a face video, each (frames, Track) -> pseudo_pose, pseudo_face, (P*K, f, 16, h, w)."""
     pose, face = [], []
     for p, pair in enumerate(pairs):
@@ -207,8 +198,9 @@ def encode_clip(
 ) -> dict[str, Tensor]:
     """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
 
-    own: the clip's own pair of body and face, see `cue_variant`, whose frames may be the video's larger original; pairs: those
-    of other identities. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key` seeds every draw.
+    own: the clip's own pair of body and face, see `cue_variant`, whose frames may be the video's larger original;
+    pairs: those of other identities. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key`
+    seeds every draw.
     """
     variant = [cue_variant(*own, k, keyed(*key, k), False, looks) for k in range(variants)]
     pose, face, body, face_mask = variant[0]
@@ -221,8 +213,7 @@ def encode_clip(
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
     single = lambda p: latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
     mean, logvar = (
-        z[0].to("cpu", torch.bfloat16)
-        for z in vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
+        z[0].to("cpu", torch.bfloat16) for z in vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
     )
     tensors = {
         "mean": mean,
@@ -242,7 +233,7 @@ def encode_clip(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-# ---- the drawn world as a data folder -----------------------------------------------------------------------------------
+# ---- the drawn world as a data folder ------------------------------------------------------------------------------
 
 
 def toy_finder(clip: toy.Clip) -> cues.Finder:
@@ -265,9 +256,7 @@ def toy_clip(number: int, frames: int = TOY_FRAMES) -> tuple[toy.Clip, toy.Clip]
 
 def toy_looks(args) -> cues.CueOptions:
     """A skeleton is drawn in colours and shown as it is; the other Pose Cues are made of the video."""
-    return replace(
-        OWN_PLACE, pose="rgb" if args.pose_cue == "skeleton" else args.pose_cue, face=args.face_cue
-    )
+    return replace(OWN_PLACE, pose="rgb" if args.pose_cue == "skeleton" else args.pose_cue, face=args.face_cue)
 
 
 def toy_pair(clip: toy.Clip, args, generator: np.random.Generator) -> tuple:
@@ -277,21 +266,15 @@ def toy_pair(clip: toy.Clip, args, generator: np.random.Generator) -> tuple:
         return face, face
     joints = clip.joints + generator.normal(0, args.joint_noise, clip.joints.shape)
     frames = np.stack([toy.draw_skeleton(j, TOY_SIZE, seen) for j, seen in zip(joints, clip.visible)])
-    wide = [
-        cv2.dilate(body.astype(np.uint8), np.ones((33, 33), np.uint8)) for body in clip.body
-    ]  # room for bad joints
+    wide = [cv2.dilate(body.astype(np.uint8), np.ones((33, 33), np.uint8)) for body in clip.body]  # room for bad joints
     return (frames, replace(face[1], masks=[zlib.compress(np.packbits(mask)) for mask in wide])), face
 
 
 def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
     own, other = toy_clip(number)
     generator = keyed(number, 998)
-    if (
-        generator.random() < args.pseudo_faults
-    ):  # a bad pseudo video, which a filter would have dropped: another motion
-        other = toy.render(
-            identity=number + 500_000, motion=number + 700_000, frames=TOY_FRAMES, size=TOY_SIZE
-        )
+    if generator.random() < args.pseudo_faults:  # a bad pseudo video, which a filter would have dropped: another motion
+        other = toy.render(identity=number + 500_000, motion=number + 700_000, frames=TOY_FRAMES, size=TOY_SIZE)
     pair, pairs = toy_pair(own, args, generator), [toy_pair(other, args, generator)]
     sizes = (number,), args.variants, args.refs, toy_looks(args)
     tensors = encode_clip(vae, own.video, pair, pairs, toy_text(), *sizes)
@@ -333,9 +316,7 @@ def make_toy(args) -> None:
     for _ in tqdm(missing, desc="toy clips", unit="clip"):
         while done.empty():
             if any(worker.exitcode for worker in workers):
-                raise OSError(
-                    f"{args.output}: a worker failed; what is finished stays, run the command again"
-                )
+                raise OSError(f"{args.output}: a worker failed; what is finished stays, run the command again")
             time.sleep(0.05)
         done.get()
     line = {"frames": TOY_FRAMES, "fps": toy.FPS, "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": ["drawn"]}
@@ -359,7 +340,7 @@ def make_example(args) -> None:
         write_image(args.output / "masks" / f"{index:03d}.png", cues.paint_mask(body, face))
 
 
-# ---- training samples -----------------------------------------------------------------------------------------------------
+# ---- training samples ----------------------------------------------------------------------------------------------
 
 
 class Clips:
@@ -432,13 +413,9 @@ class Clips:
         args, scale = self.args, self.scale
         f = file.get_slice("mean").get_shape()[0]
         n = min(args.window, f)
-        start = 2 * int(
-            generator.integers((f - n) // 2 + 1)
-        )  # even, as the windows of long clips in sampling
+        start = 2 * int(generator.integers((f - n) // 2 + 1))  # even, as the windows of long clips in sampling
         frames = slice(max(4 * start - 3, 0), 4 * (start + n) - 3)
-        drop_text, drop_reference, drop_cues, drop_face = self.training & (
-            generator.random(4) < (0.1, 0.05, 0.1, 0.05)
-        )
+        drop_text, drop_reference, drop_cues, drop_face = self.training & (generator.random(4) < (0.1, 0.05, 0.1, 0.05))
 
         # the reference: a frame of the same clip, outside the window if there is one
         candidates = file.get_tensor("ref_frame").numpy()
@@ -449,12 +426,8 @@ class Clips:
         )
         posterior = torch.from_numpy(generator.standard_normal((n, *noise.shape[1:]), np.float32))
         mean, logvar = (file.get_slice(name)[start : start + n].float() for name in ("mean", "logvar"))
-        latents = torch.cat(
-            [file.get_slice("ref_clean")[r : r + 1].float(), mean + (0.5 * logvar).exp() * posterior]
-        )
-        condition = image_condition(file.get_slice("ref_noisy")[r : r + 1].float(), 1 + n)[0] * (
-            not drop_reference
-        )
+        latents = torch.cat([file.get_slice("ref_clean")[r : r + 1].float(), mean + (0.5 * logvar).exp() * posterior])
+        condition = image_condition(file.get_slice("ref_noisy")[r : r + 1].float(), 1 + n)[0] * (not drop_reference)
         text = file.get_tensor("text").float()
         sample = {
             "latents": scale * latents,
@@ -518,15 +491,11 @@ class Pictures:
 
     def __init__(self, args, clips: int = 500):
         self.args, self.pool = args, []
-        for number in tqdm(
-            range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0
-        ):
+        for number in tqdm(range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0):
             clip = toy.render(identity=number, motion=number, frames=TOY_FRAMES, size=TOY_SIZE)
             track = cues.analyse(clip.video, clip.video[0], toy_finder(clip), cues.CueOptions(align="none"))
             pose, face, _, _ = (np.stack(part) for part in zip(*cues.render(clip.video, track)))
-            small = [
-                ((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)
-            ]
+            small = [((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)]
             self.pool.append((clip.video, clip.video, *small))
 
     def __len__(self) -> int:

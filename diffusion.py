@@ -1,7 +1,8 @@
 """Diffusion: the noise schedule, v-prediction, two samplers, and windows for clips of any length (paper A.1, Eq. 5-8).
 
-The schedule is CogVideoX's: betas linear in their square root, rescaled so that the last step is pure noise. Everything here is float64
-or float32, whatever the networks run in. Checked against diffusers' schedulers in `tests/test_parity.py`.
+The schedule is CogVideoX's: betas linear in their square root, rescaled so that the last step is pure noise.
+Everything here is float64 or float32, whatever the networks run in. Checked against diffusers' schedulers in
+`tests/test_parity.py`.
 
 A denoiser is a function (latents (B,f,C,h,w), step) -> v of the same shape; guidance and windows are wrapped around it.
 
@@ -24,9 +25,7 @@ class Schedule:
     def __init__(self, num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2
         signal = (1 - betas).cumprod(0).sqrt()
-        signal = (
-            (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
-        )  # zero terminal signal-to-noise ratio
+        signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])  # zero terminal signal-to-noise ratio
         self.num_steps = num_steps
         self.alphas_cumprod = signal**2
 
@@ -56,16 +55,15 @@ class Schedule:
     def trail(self, steps: int) -> Iterator[tuple[int, float, float]]:
         """(step, its alpha_bar, the next alpha_bar) from step 999 to the clean end, alpha_bar 1: "trailing" spacing.
 
-        As released, "next" is num_steps // steps lower, so counts that divide 1000 badly (7, 15, 24) end at alpha_bar[0] = 0.99915.
+        As released, "next" is num_steps // steps lower, so counts that divide 1000 badly (7, 15, 24) end at
+        alpha_bar[0] = 0.99915.
         """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"{steps} sampling steps: use 1 to {self.num_steps}")
         alphas = self.alphas_cumprod.tolist()
         for i in range(steps):
             step = round(self.num_steps - i * self.num_steps / steps) - 1
-            previous = (
-                step - self.num_steps // steps
-            )  # whole division, as released; differs from the next step visited
+            previous = step - self.num_steps // steps  # whole division, as released; differs from the next step visited
             yield step, alphas[step], alphas[previous] if previous >= 0 else 1.0
 
 
@@ -91,8 +89,8 @@ def dpm_solver(
 
     In half log-SNR lambda, with step width h, and n fresh noise from `noise()` (default: a generator seeded with 0):
         x <- sigma_next/sigma e^-h x  +  sqrt(alpha_next) (1 - e^-2h) D  +  sigma_next sqrt(1 - e^-2h) n
-    D extrapolates the last two predictions of x_0. With e^-h as a ratio, nothing is infinite at the ends: at the first step
-    (alpha 0) x is drawn anew around the prediction, at the last (alpha_next 1) x is the prediction itself.
+    D extrapolates the last two predictions of x_0. With e^-h as a ratio, nothing is infinite at the ends: at the
+    first step (alpha 0) x is drawn anew around the prediction, at the last (alpha_next 1) x is the prediction itself.
     """
     if noise is None:
         generator = torch.Generator().manual_seed(0)
@@ -110,23 +108,21 @@ def dpm_solver(
             estimate = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * last_clean
         keep = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * ratio
         spread = (1 - alpha_next) ** 0.5 * (1 - ratio**2) ** 0.5
-        latents = (
-            keep * latents + alpha_next**0.5 * (1 - ratio**2) * estimate + spread * noise().to(latents.device)
-        )
+        latents = keep * latents + alpha_next**0.5 * (1 - ratio**2) * estimate + spread * noise().to(latents.device)
         last_clean, last_ratio = clean, ratio
     return latents
 
 
-def windows(
-    denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int = 8
-) -> Denoiser:
+def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int = 8) -> Denoiser:
     """A denoiser for [reference slot, `length` latents] made of one for [reference slot, `size` latents].
 
-    Each step, every window is denoised and v averaged with triangular weights; the reference slot, which all windows share, gets the
-    plain mean. One solver then moves the whole clip, so that windows cannot drift apart as chained clips do. Starts are even (the
-    same two latents share a token in every window), the last window ends with the clip: none is padded.
+    Each step, every window is denoised and v averaged with triangular weights; the reference slot, which all windows
+    share, gets the plain mean. One solver then moves the whole clip, so that windows cannot drift apart as chained
+    clips do. Starts are even (the same two latents share a token in every window), the last window ends with the
+    clip: none is padded.
 
-    denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. Paper silent.
+    denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. Paper
+    silent.
     """
     size = min(size, length)
     if not length % 2 or not size % 2 or stride % 2:
@@ -146,9 +142,7 @@ def windows(
         v = torch.zeros_like(latents)
         for start, index, weight in zip(starts, slots, weights):
             index = index.to(latents.device)
-            v[:, index] += weight.to(latents.device) * denoise(latents[:, index], step, start).to(
-                latents.dtype
-            )
+            v[:, index] += weight.to(latents.device) * denoise(latents[:, index], step, start).to(latents.dtype)
         return v
 
     return fused

@@ -362,9 +362,7 @@ def together(clip: Clip) -> Iterator[dict[str, np.ndarray]]:
         frame = dict(zip(clip.paths, pictures))
         ended = [str(clip.paths[role]) for role in frame if frame[role] is None]
         if ended:
-            raise ValueError(
-                f"{ended[0]} ends after {index} frames, the others go on: give all the same length"
-            )
+            raise ValueError(f"{ended[0]} ends after {index} frames, the others go on: give all the same length")
         yield {"driver": frame["truth"], **frame}
 
 
@@ -625,9 +623,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--driver", **path, help="driving clips, for PLC and FLC (default: the truth)")
     add("--reference", **path, help="picture of the person, for FIS (default: the truth's first frame)")
     add("--cross-id", action="store_true", help="PLC, FLC: remove one scale and shift a clip first")
-    arrays = (
-        "driver_body, generated_body, driver_face, generated_face, each (T, K, 3) of x, y in pixels, score"
-    )
+    arrays = "driver_body, generated_body, driver_face, generated_face, each (T, K, 3) of x, y in pixels, score"
     add("--keypoints", **path, help=f"NAME.npz of {arrays}: for PLC, FLC without networks (default: none)")
     add("--face-model", metavar="PACK", help="insightface folder or name (default: buffalo_l, fetched once)")
     add("--i3d", **path, help=f"FVD's network, a torchscript file: {I3D_URL} (default: no FVD)")

@@ -1,8 +1,8 @@
 """Weights in and out: Hugging Face checkpoint folders of CogVideoX1.5 and our own files, both strictly.
 
-Every tensor of the source must be used, every tensor of the network filled, every shape equal; otherwise one error lists both sides
-and the closest names. Tensors are read one at a time from memory-mapped files and cast as they come, so that loading needs no second
-copy of the model; a block may straddle two shards.
+Every tensor of the source must be used, every tensor of the network filled, every shape equal; otherwise one error
+lists both sides and the closest names. Tensors are read one at a time from memory-mapped files and cast as they come,
+so that loading needs no second copy of the model; a block may straddle two shards.
 
     python load_cogvideox.py DIR        # check a copy of CogVideoX1.5-5B-I2V: every key, every shape, no weights read
 """
@@ -98,7 +98,7 @@ def t5_name(name: str) -> str | None:
     return rename(name, T5_NAMES)
 
 
-# ---- device and number format --------------------------------------------------------------------------------------------
+# ---- device and number format --------------------------------------------------------------------------------------
 
 
 def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype, str]:
@@ -128,7 +128,7 @@ def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[to
     return chosen, torch.float32, f"the safe format on {chosen.type}"
 
 
-# ---- config.json -> our config ------------------------------------------------------------------------------------------
+# ---- config.json -> our config -------------------------------------------------------------------------------------
 
 
 class Config(dict):
@@ -202,9 +202,7 @@ def dit_config(folder: Path) -> DiTConfig:
 
 
 def vae_config(folder: Path) -> VAEConfig:
-    c = read_config(
-        folder, {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "temporal_compression_ratio": 4}
-    )
+    c = read_config(folder, {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "temporal_compression_ratio": 4})
     return VAEConfig(
         channels=tuple(c["block_out_channels"]),
         layers=c["layers_per_block"],
@@ -229,7 +227,7 @@ def t5_config(folder: Path) -> T5Config:
     )
 
 
-# ---- strict loading -----------------------------------------------------------------------------------------------------
+# ---- strict loading ------------------------------------------------------------------------------------------------
 
 
 def shards(folder: Path) -> list[Path]:
@@ -251,14 +249,10 @@ def open_weights(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); download or copy it again"
-        ) from None
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
-def compare(
-    title: str, source: dict[str, tuple], target: dict[str, tuple], names: dict[str, str | None]
-) -> None:
+def compare(title: str, source: dict[str, tuple], target: dict[str, tuple], names: dict[str, str | None]) -> None:
     """Raise ValueError listing unused, missing and misshapen tensors with the closest names, unless all agree one to one.
 
     source: name -> shape on disk; target: name -> shape in the network; names: disk name -> network name.
@@ -267,9 +261,7 @@ def compare(
     unused = [name for name in source if names[name] not in target or reverse[names[name]] != name]
     missing = [name for name in target if name not in reverse]
     misshapen = [
-        (theirs, ours)
-        for ours, theirs in reverse.items()
-        if ours in target and source[theirs] != target[ours]
+        (theirs, ours) for ours, theirs in reverse.items() if ours in target and source[theirs] != target[ours]
     ]
 
     def closest(name, among):
@@ -284,9 +276,7 @@ def compare(
         f"  missing  {name} {target[name]}, closest in the file: {closest(name, unused or source)}"
         for name in missing[:10]
     ]
-    lines += [
-        f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen[:10]
-    ]
+    lines += [f"  shape    {theirs} is {source[theirs]}, needs {target[ours]}" for theirs, ours in misshapen[:10]]
     more = len(unused) + len(missing) + len(misshapen) - len(lines)
     if lines:
         shown = "\n".join(lines + [f"  and {more} more"] * (more > 0))
@@ -295,9 +285,7 @@ def compare(
         )
 
 
-def check_files(
-    folder: Path, network: nn.Module, to_ours, optional: str = r"$^", ignore: tuple = ()
-) -> list[tuple]:
+def check_files(folder: Path, network: nn.Module, to_ours, optional: str = r"$^", ignore: tuple = ()) -> list[tuple]:
     """(file, name on disk, name here) of every tensor, after `compare`; only headers are read. `network` may be on meta."""
     plan, source = [], {}
     for path in shards(folder):
@@ -306,9 +294,7 @@ def check_files(
                 if name not in ignore:
                     source[name] = tuple(file.get_slice(name).get_shape())
                     plan.append((path, name, to_ours(name)))
-    target = {
-        name: tuple(p.shape) for name, p in network.named_parameters() if not re.fullmatch(optional, name)
-    }
+    target = {name: tuple(p.shape) for name, p in network.named_parameters() if not re.fullmatch(optional, name)}
     compare(str(folder), source, target, {name: to_ours(name) for name in source})
     return plan
 
@@ -328,8 +314,8 @@ def fill(network: nn.Module, plan: list[tuple], dtype: torch.dtype | None) -> No
 def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> DiT:
     """CogVideoX1.5's transformer with freshly made cue layers, which leave its output unchanged.
 
-    folder: a local copy of the Hugging Face repository (with transformer/ in it). dtype None keeps the file's (bfloat16 on the hub).
-    Raises FileNotFoundError or ValueError: see `compare`.
+    folder: a local copy of the Hugging Face repository (with transformer/ in it). dtype None keeps the file's
+    (bfloat16 on the hub). Raises FileNotFoundError or ValueError: see `compare`.
     """
     folder = Path(folder) / "transformer"
     with torch.device("meta"):
@@ -375,7 +361,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return Tokenizer(Path(folder) / "tokenizer")
 
 
-# ---- our own files: safetensors with a JSON header ------------------------------------------------------------------------
+# ---- our own files: safetensors with a JSON header -----------------------------------------------------------------
 
 
 def save_weights(
@@ -483,7 +469,7 @@ def shapes(network: nn.Module) -> dict[str, tuple]:
     return {name: tuple(p.shape) for name, p in network.named_parameters()}
 
 
-# ---- python load_cogvideox.py DIR ----------------------------------------------------------------------------------------
+# ---- python load_cogvideox.py DIR ----------------------------------------------------------------------------------
 
 
 def check(folder: Path) -> None:
@@ -502,9 +488,7 @@ def check(folder: Path) -> None:
             plan = check_files(folder / name, network, to_ours, optional, ignore=(T5_ALIAS,))
             loaded = {ours for _, _, ours in plan}
             count = sum(p.numel() for n, p in network.named_parameters() if n in loaded)
-            print(
-                f"{name:13s} {len(plan):5d} tensors, {count:,} parameters: all used, all filled, all shapes equal"
-            )
+            print(f"{name:13s} {len(plan):5d} tensors, {count:,} parameters: all used, all filled, all shapes equal")
         except (ValueError, OSError) as error:
             errors.append(str(error))
     try:
@@ -517,12 +501,8 @@ def check(folder: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape."
-    )
-    parser.add_argument(
-        "folder", type=Path, help="the folder with transformer/, vae/, text_encoder/ and tokenizer/"
-    )
+    parser = argparse.ArgumentParser(description="Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape.")
+    parser.add_argument("folder", type=Path, help="the folder with transformer/, vae/, text_encoder/ and tokenizer/")
     args = parser.parse_args()
     try:
         check(args.folder)

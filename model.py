@@ -1,7 +1,8 @@
 """The network: CogVideoX1.5's expert DiT with CueFusion blocks (paper Sec. 3.1, Fig. 2, Eq. 1-3).
 
 Read it bottom-up: RoPE, one expert block, CueFusion, the model. Without cues it is CogVideoX1.5 to the last bit
-(`tests/test_parity.py` compares it with diffusers); with freshly made cue layers it still is, because they start at zero.
+(`tests/test_parity.py` compares it with diffusers); with freshly made cue layers it still is, because they start at
+zero.
 
 Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens = (f/2)(h/2)(w/2);
 L text tokens; D width. Inside a block `x` are the video tokens (hidden_states in diffusers), `c` the text tokens
@@ -35,9 +36,7 @@ class DiTConfig:
     text_dim: int
     time_dim: int
     ofs: bool  # image-to-video 1.5 adds the embedding of a constant to the step's
-    cue_channels: (
-        int  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
-    )
+    cue_channels: int  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
     cue_injection: str  # "cuefusion", "concat" (DC injection) or "cross" (CA injection)
 
     def __post_init__(self):
@@ -56,7 +55,7 @@ DIT_PRESETS = {
 }
 
 
-# ---- embeddings -----------------------------------------------------------------------------------------------------
+# ---- embeddings ----------------------------------------------------------------------------------------------------
 
 
 def sinusoid(value: Tensor, dim: int) -> Tensor:
@@ -113,7 +112,7 @@ def time_mlp(in_dim: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
-# ---- one expert block of CogVideoX ----------------------------------------------------------------------------------
+# ---- one expert block of CogVideoX ---------------------------------------------------------------------------------
 
 
 class ExpertNorm(nn.Module):
@@ -125,9 +124,7 @@ class ExpertNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5)
 
     def forward(self, x: Tensor, c: Tensor, t_emb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        shift_x, scale_x, gate_x, shift_c, scale_c, gate_c = self.linear(F.silu(t_emb))[:, None].chunk(
-            6, dim=-1
-        )
+        shift_x, scale_x, gate_x, shift_c, scale_c, gate_c = self.linear(F.silu(t_emb))[:, None].chunk(6, dim=-1)
         x = self.norm(x) * (1 + scale_x) + shift_x
         c = self.norm(c) * (1 + scale_c) + shift_c
         return x, c, gate_x, gate_c
@@ -147,21 +144,20 @@ class Attention(nn.Module):
         """x (B, S, D); context (B, S', D) where keys and values come from, x itself if None; rope covers both."""
         context = x if context is None else context
         q, k, v = (  # (B, heads, S, head_dim) each
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (self.q(x), self.k(context), self.v(context))
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(context), self.v(context))
         )
         q, k = rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-# ---- CueFusion: how the driving cues enter (Eq. 1-3), and the two baselines of Table 5 --------------------------------
+# ---- CueFusion: how the driving cues enter (Eq. 1-3), and the two baselines of Table 5 -----------------------------
 
 
 class CueFusion(nn.Module):
     """Eq. 1-3. The cues modulate what attention sees of the video, and flow on as streams of their own.
 
-    Paper silent: "MLP" is one Linear after SiLU, as in both ancestors (DynamiCtrl, CogVideoX); the sum goes to the video
-    tokens only (the text has another length); e^G is the next block's e (or Eq. 3 would be used nowhere).
+    Paper silent: "MLP" is one Linear after SiLU, as in both ancestors (DynamiCtrl, CogVideoX); the sum goes to the
+    video tokens only (the text has another length); e^G is the next block's e (or Eq. 3 would be used nowhere).
     """
 
     def __init__(self, dim: int, time_dim: int):
@@ -170,9 +166,7 @@ class CueFusion(nn.Module):
         self.norm_pose = nn.LayerNorm(dim, eps=1e-5)
         self.norm_face = nn.LayerNorm(dim, eps=1e-5)
 
-    def forward(
-        self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
         factors = self.mlp(F.silu(t_emb))[:, None].chunk(6, dim=-1)  # 6 x (B, 1, D)
         scale_p, shift_p, gate_p, scale_f, shift_f, gate_f = factors  # Eq. 1
         pose_m = self.norm_pose(pose) * (1 + scale_p) + shift_p  # Eq. 2
@@ -196,20 +190,16 @@ class CueCrossAttention(nn.Module):
         self.norm_face = nn.LayerNorm(dim, eps=1e-5)
         self.attn = Attention(dim, num_heads)
 
-    def forward(
-        self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, pose: Tensor, face: Tensor, t_emb: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
         rope = tuple(table[-x.shape[1] :] for table in rope)  # the video's positions, which the cues share
-        cue = self.norm_pose(pose) + self.norm_face(
-            face
-        )  # one key per place: half the cost of two, same reach
+        cue = self.norm_pose(pose) + self.norm_face(face)  # one key per place: half the cost of two, same reach
         return x + self.attn(x, rope, context=cue.expand_as(x)), pose, face
 
     def init_identity(self):
         zero(self.attn.out)
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -288,8 +278,9 @@ class DiT(nn.Module):
     def init_cues(self):
         """Start the cue layers so that the model equals the backbone exactly, whatever the cues. Paper silent.
 
-        The cue embeddings copy how the backbone reads the 16 noisy latents; the mask channel starts small. Scale and shift of
-        Eq. 1 learn from the first step, the gates and the embeddings from the second (only then does Eq. 2 let them through).
+        The cue embeddings copy how the backbone reads the 16 noisy latents; the mask channel starts small. Scale and
+        shift of Eq. 1 learn from the first step, the gates and the embeddings from the second (only then does Eq. 2
+        let them through).
         """
         C = self.config.cue_channels
         for embed in (self.pose_embed, self.face_embed) if C else ():
@@ -323,9 +314,7 @@ class DiT(nn.Module):
                 self.pose_embed(patchify(pose.to(dtype))),
                 self.face_embed(patchify(face.to(dtype))),
             )  # (B, N, D)
-            if (
-                self.config.cue_injection == "concat"
-            ):  # one Linear over concatenated channels is a sum of Linears
+            if self.config.cue_injection == "concat":  # one Linear over concatenated channels is a sum of Linears
                 x, pose, face = x + pose + face, None, None
         grid = f // PATCH, h // PATCH, w // PATCH
         rope = rope_table(c.shape[1], grid, self.config.dim // self.config.num_heads, latents.device)
@@ -340,9 +329,7 @@ class DiT(nn.Module):
         if not 1 <= depth <= len(self.blocks):
             raise ValueError(f"depth {depth}: this model has blocks 1 to {len(self.blocks)}")
 
-    def features(
-        self, latents: Tensor, step: Tensor, text: Tensor, pose: Tensor, face: Tensor, depth: int
-    ) -> Tensor:
+    def features(self, latents: Tensor, step: Tensor, text: Tensor, pose: Tensor, face: Tensor, depth: int) -> Tensor:
         """Video tokens leaving block `depth`, counted from 1: (B, N, D). The teacher of Eq. 4; runs no further."""
         self.check_depth(depth)
         x, c, pose, face, t_emb, rope, _ = self.embed(latents, step, text, pose, face)

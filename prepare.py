@@ -138,9 +138,7 @@ def split_of(name: str, held_out: float) -> str:
 def load_frozen(backbone, preset, device, dtype) -> tuple[CausalVAE, Callable]:
     """(VAE, a function from a prompt to its T5 states (L, D)); the presets have no tokenizer: null text."""
     if preset == "toy":
-        return load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].to(
-            device
-        ).eval(), lambda prompt: toy_text()
+        return load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].to(device).eval(), lambda prompt: toy_text()
     tokenizer = None
     if preset == "tiny":
         torch.manual_seed(0)
@@ -311,9 +309,7 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
 def remember(path: Path, args) -> None:
     """Write down what the clips of a folder share, or compare with the run before."""
     names = ["backbone", "preset", "area", "frames", "max_frames", "fps", "held_out", "variants", "refs"]
-    settings = {name: getattr(args, name) for name in names} | {
-        "backbone": args.backbone and str(args.backbone)
-    }
+    settings = {name: getattr(args, name) for name in names} | {"backbone": args.backbone and str(args.backbone)}
     before = json.loads(path.read_text()) if path.exists() else settings
     for name in names:
         if before[name] != settings[name]:
@@ -385,9 +381,7 @@ def load_recogniser(args) -> Callable | None:
     with contextlib.redirect_stdout(io.StringIO()):  # it lists its files
         app = cues.load_insightface(Path(args.face_model or "buffalo_l"), "detection", "recognition")
     if "recognition" not in app.models:
-        raise ValueError(
-            f"--face-model {args.face_model} has no ArcFace network: take another, or a YuNet .onnx"
-        )
+        raise ValueError(f"--face-model {args.face_model} has no ArcFace network: take another, or a YuNet .onnx")
 
     def embed(picture: np.ndarray) -> np.ndarray | None:
         faces = app.get(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
@@ -606,9 +600,7 @@ def check(args) -> None:
         raise FileNotFoundError(f"{path}: no data folder there; make one with data.py prepare or toy")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     named_twice = [id for id, n in Counter(line["id"] for line in lines).items() if n > 1]
-    strays = {p.stem for p in (args.data / "cache").glob("[!.]*.safetensors")} - {
-        line["id"] for line in lines
-    }
+    strays = {p.stem for p in (args.data / "cache").glob("[!.]*.safetensors")} - {line["id"] for line in lines}
     found = [f"{id}: more than one line in clips.jsonl" for id in named_twice]
     found += [f"{id}: in the cache, not in clips.jsonl" for id in sorted(strays)]
     whole = []

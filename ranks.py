@@ -1,8 +1,9 @@
 """One run on any number of processes: slices in memory, whole files on disk.
 
-DDP keeps all of the model on every rank. FSDP2 (`shard`) leaves each rank a slice of every parameter, gradient, moment and
-average, and gathers a block's weights when the block runs. A checkpoint has whole weights, so that any program can read them,
-and the optimizer in slices, one file a rank, which torch.distributed.checkpoint deals out again to any other number of ranks.
+DDP keeps all of the model on every rank. FSDP2 (`shard`) leaves each rank a slice of every parameter, gradient,
+moment and average, and gathers a block's weights when the block runs. A checkpoint has whole weights, so that any
+program can read them, and the optimizer in slices, one file a rank, which torch.distributed.checkpoint deals out
+again to any other number of ranks.
 """
 
 import errno
@@ -56,9 +57,7 @@ class Ranks:
 
     def peak(self) -> float | None:
         """FLOP/s of this rank's GPU in bfloat16, if it is a known one."""
-        return (
-            budget.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        )
+        return budget.peak_flops(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
 
     def wait(self):
         if self.count > 1:
@@ -69,14 +68,15 @@ class Ranks:
             print(*words, flush=True)
 
 
-# ---- slices ----
+# ---- slices --------------------------------------------------------------------------------------------------------
 
 
 def shard(source: nn.Module, full: bool, ranks: Ranks, compute, master) -> nn.Module:
     """FSDP2: each rank keeps its slice of every parameter (and gradient, moments, average) in float32.
 
-    A block's weights are gathered in the compute dtype when it runs; with `full` it drops them again after the forward pass and
-    gathers them anew in the backward pass. The source stays memory-mapped: a rank copies only its own slices.
+    A block's weights are gathered in the compute dtype when it runs; with `full` it drops them again after the
+    forward pass and gathers them anew in the backward pass. The source stays memory-mapped: a rank copies only its
+    own slices.
     """
     with torch.device("meta"):
         model = DiT(source.config).to(master)
@@ -126,7 +126,7 @@ def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
         swap()
 
 
-# ---- run folder ---------------------------------------------------------------------------------------------------------
+# ---- run folder ----------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(args, ranks: Ranks, step: int, model, ema, optimizer) -> None:
@@ -165,12 +165,10 @@ def save_error(run: Path, model: nn.Module, ema: dict | None, failure: BaseExcep
     numbers = sum(p.numel() for p in model.parameters())
     need, free = numbers * 4 * (4 if ema else 3), shutil.disk_usage(run).free
     full = free < need or getattr(failure, "errno", None) == errno.ENOSPC
-    why = (
-        "the disk is full"
-        if full
-        else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
+    why = "the disk is full" if full else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
+    return (
+        f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; the last one stands"
     )
-    return f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; the last one stands"
 
 
 def load_checkpoint(args, ranks: Ranks, model, ema, optimizer) -> int:

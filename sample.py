@@ -1,11 +1,12 @@
 """Animate the person of a picture with the motion of a driving video (paper Fig. 2a).
 
     python sample.py                                      # the drawn example, by the small model that comes with the code
-    python sample.py photo.jpg dance.mp4 --backbone CogVideoX1.5-5B-I2V --checkpoint directanimator.safetensors -o out.mp4
+    python sample.py photo.jpg dance.mp4 --backbone CogVideoX1.5-5B-I2V --checkpoint directanimator.safetensors -o
+    out.mp4
 
-The steps, one network in memory at a time: find the person and the face in every driving frame (cues.py); text to T5 states;
-reference and cues to VAE latents; noise to latents with the DiT; latents to video. Every driving frame gives one output frame,
-at the driving clip's own rate and with its sound.
+The steps, one network in memory at a time: find the person and the face in every driving frame (cues.py); text to T5
+states; reference and cues to VAE latents; noise to latents with the DiT; latents to video. Every driving frame gives
+one output frame, at the driving clip's own rate and with its sound.
 """
 
 import argparse
@@ -120,7 +121,7 @@ from video import Video, check_output, cover, letterbox, output_size, read_image
 AI_GENERATED = "AI-generated with DirectAnimator; the person shown did not perform this motion"
 
 
-# ---- networks: three functions, called one after another ------------------------------------------------------------------
+# ---- networks: three functions, called one after another -----------------------------------------------------------
 
 
 def text_encoder(args, dtype):
@@ -156,9 +157,7 @@ def transformer(args, dtype) -> tuple[DiT, int]:
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
         return random_weights(DiT, DIT_PRESETS[args.preset], dtype), 13
-    print(
-        "No --checkpoint: CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion."
-    )
+    print("No --checkpoint: CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion.")
     return load_transformer(args.backbone, dtype).eval(), 13
 
 
@@ -194,7 +193,7 @@ def place(args, network: nn.Module, device) -> nn.Module:
     return network
 
 
-# ---- what a second run need not do again -----------------------------------------------------------------------------------
+# ---- what a second run need not do again ---------------------------------------------------------------------------
 
 
 def digest(*things) -> str:
@@ -212,9 +211,7 @@ def analysed(args, video, reference, find, masks: Path | None, options, progress
     """Pass 1 of `cues.py` over a clip (a Video, or the reference alone), remembered in --cache. find(): the finder."""
     networks = [str(path) for path in (args.segmenter, args.sam, args.face_model)]
     source = video.path if isinstance(video, Video) else "reference"
-    name = digest(
-        source, masks, reference.tobytes(), reference.shape, networks, args.person, args.fps, options
-    )
+    name = digest(source, masks, reference.tobytes(), reference.shape, networks, args.person, args.fps, options)
     path = args.cache / "cues" / f"{name}.npz"
     if path.is_file():
         return cues.Track.load(path)
@@ -224,7 +221,7 @@ def analysed(args, video, reference, find, masks: Path | None, options, progress
     return track
 
 
-# ---- the pipeline -----------------------------------------------------------------------------------------------------------
+# ---- the pipeline --------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -264,7 +261,8 @@ def denoise(
 ) -> tuple[Tensor, list[Tensor]]:
     """Sample clean latents (1, f, 16, h, w) for the driving frames; slot 0, the reference's, is dropped at the end.
 
-    text is [prompt, null text], or the prompt alone. Beside them, with --every-step, each step's prediction of the middle one.
+    text is [prompt, null text], or the prompt alone. Beside them, with --every-step, each step's prediction of the
+    middle one.
     """
     slots = pose.shape[1]
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: one seed, one picture, on every device
@@ -348,9 +346,7 @@ def comparison(reference: np.ndarray, driver, cue_rows, output):
 
 def animate(args) -> None:
     if args.preset == "toy" and args.reference != EXAMPLE["reference"]:
-        print(
-            "No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph."
-        )
+        print("No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph.")
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
     check_output(output, args.reference, args.drive, suffixes=(".mp4",))
     device, dtype, reason = pick_device(args.device, args.dtype)
@@ -387,15 +383,11 @@ def animate(args) -> None:
     del network
     network = vae(args, dtype).to(device)
     audio = args.drive if source.has_audio else None
-    write_video(
-        output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED
-    )
+    write_video(output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED)
     print(f"wrote {output}")
     if predictions:
         strip = [next(pictures(network, latent, 1, device)) for latent in predictions]
-        write_image(
-            output.with_name(f"{output.stem}_steps.png"), np.concatenate(strip, axis=1), comment=AI_GENERATED
-        )
+        write_image(output.with_name(f"{output.stem}_steps.png"), np.concatenate(strip, axis=1), comment=AI_GENERATED)
         print(f"wrote {output.stem}_steps.png")
     if args.compare:
         side = output.with_name(f"{output.stem}_compare.mp4")

@@ -1,7 +1,7 @@
 """The text encoder: T5 v1.1 and its sentencepiece tokenizer, as CogVideoX uses them (frozen; paper Sec. 4.1).
 
-Two habits of CogVideoX differ from T5's own: every prompt is padded to 226 tokens, and no attention mask is given, so the padding is
-read like any word and reaches the DiT. Checked against transformers in `tests/test_parity.py`.
+Two habits of CogVideoX differ from T5's own: every prompt is padded to 226 tokens, and no attention mask is given, so
+the padding is read like any word and reaches the DiT. Checked against transformers in `tests/test_parity.py`.
 
     states = T5Encoder(T5_PRESETS["tiny"])(Tokenizer("DIR/tokenizer")(["a dancer on a terrace"]))        # (1, 226, 32)
 """
@@ -89,9 +89,7 @@ def bucket(relative: Tensor, buckets: int, max_distance: int) -> Tensor:
     half = buckets // 2
     exact = half // 2
     distance = relative.abs()
-    far = exact + (distance.clamp(min=1) / exact).log() / torch.log(torch.tensor(max_distance / exact)) * (
-        half - exact
-    )
+    far = exact + (distance.clamp(min=1) / exact).log() / torch.log(torch.tensor(max_distance / exact)) * (half - exact)
     return (relative > 0) * half + torch.where(distance < exact, distance, far.long().clamp(max=half - 1))
 
 
@@ -112,12 +110,8 @@ class T5Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         h = self.norm1(x)
-        q, k, v = (
-            layer(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
-        scores = (q @ k.transpose(-1, -2) + bias).to(
-            torch.promote_types(x.dtype, torch.float32)
-        )  # (B, heads, L, L)
+        q, k, v = (layer(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = (q @ k.transpose(-1, -2) + bias).to(torch.promote_types(x.dtype, torch.float32))  # (B, heads, L, L)
         h = (scores.softmax(-1).type_as(x) @ v).transpose(1, 2).flatten(2)
         x = x + self.out(h)
         h = self.norm2(x)
@@ -131,9 +125,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.dim)
-        self.bias = nn.Embedding(
-            config.buckets, config.num_heads
-        )  # block 0 owns it on disk; every block adds it
+        self.bias = nn.Embedding(config.buckets, config.num_heads)  # block 0 owns it on disk; every block adds it
         self.blocks = nn.ModuleList(T5Block(config) for _ in range(config.depth))
         self.norm_out = RMSNorm(config.dim)
 

@@ -12,8 +12,8 @@
     stage 2     cross identity: another person's cues for the same motion, beside a frozen stage-1 model with the
                 clip's own                                         loss = v-MSE + lambda * S2X
 
-Every random draw is keyed by (seed, step, index in the global batch), so any step can be recomputed alone, on any number
-of ranks.
+Every random draw is keyed by (seed, step, index in the global batch), so any step can be recomputed alone, on any
+number of ranks.
 """
 
 import argparse
@@ -140,12 +140,10 @@ from ranks import Ranks, load_checkpoint, rewind_log, save_checkpoint, shard, sw
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
-warnings.filterwarnings(
-    "ignore", "torch.distributed is disabled"
-)  # what a checkpoint of a single process says
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what a checkpoint of a single process says
 
 
-# ---- objectives: a batch in, named losses out -------------------------------------------------------------------------
+# ---- objectives: a batch in, named losses out ----------------------------------------------------------------------
 
 
 def same2x(student: Tensor, teacher: Tensor) -> Tensor:
@@ -204,7 +202,7 @@ def total_loss(losses: dict[str, Tensor], args) -> Tensor:
     return sum(weights[name] * value.mean() for name, value in losses.items())
 
 
-# ---- networks -----------------------------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------------------------
 
 
 def dit_config(args) -> DiTConfig:
@@ -239,9 +237,7 @@ def build(args) -> nn.Module:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":
         return DiT(config)  # small enough to start from nothing
-    raise ValueError(
-        f"--stage {args.stage} starts from a backbone: give --backbone, a CogVideoX1.5-5B-I2V folder"
-    )
+    raise ValueError(f"--stage {args.stage} starts from a backbone: give --backbone, a CogVideoX1.5-5B-I2V folder")
 
 
 def load_teacher(args, dtype, device) -> DiT | None:
@@ -250,9 +246,7 @@ def load_teacher(args, dtype, device) -> DiT | None:
         return None
     teacher, header = load_weights(args.teacher, dtype, dit_config(args), depth=args.align_depth)
     if header.get("stage", "1") != "1":
-        raise ValueError(
-            f"{args.teacher}: --teacher must be a stage-1 model, this one is of stage {header['stage']}"
-        )
+        raise ValueError(f"{args.teacher}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
     return teacher.to(device).requires_grad_(False).eval()
 
 
@@ -291,7 +285,7 @@ def latent_statistics(vae: CausalVAE, clips: int = 50) -> tuple[Tensor, Tensor]:
     return latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
 
 
-# ---- what is written while it runs -----------------------------------------------------------------------------------------
+# ---- what is written while it runs ---------------------------------------------------------------------------------
 
 
 class Meter:
@@ -322,9 +316,7 @@ class Meter:
 
 
 @torch.no_grad()
-def held_out_loss(
-    objective: nn.Module, clips: data.Clips, ranks: Ranks, autocast, dtype, batches=4, size=16
-) -> float:
+def held_out_loss(objective: nn.Module, clips: data.Clips, ranks: Ranks, autocast, dtype, batches=4, size=16) -> float:
     """Mean denoising loss of the test split: the same clips, noise and steps every time, no dropouts."""
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     objective.eval()
@@ -339,9 +331,7 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def sample_strip(
-    args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dtype, count=4, steps=10
-) -> np.ndarray:
+def sample_strip(args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dtype, count=4, steps=10) -> np.ndarray:
     """What the model makes of test clips, (rows, columns, 3) uint8: reference | pose cue, output, truth at three times.
 
     Sampled by DDIM in 10 steps without guidance: a look, not a measurement.
@@ -397,14 +387,11 @@ def plot_losses(run: Path) -> None:
     os.replace(run / ".loss.png", run / "loss.png")
 
 
-# ---- the loop -----------------------------------------------------------------------------------------------------------
+# ---- the loop ------------------------------------------------------------------------------------------------------
 
 
 def to_device(batch: dict, device, dtype) -> dict:
-    return {
-        k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True)
-        for k, v in batch.items()
-    }
+    return {k: v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True) for k, v in batch.items()}
 
 
 def open_data(args, ranks: Ranks):
@@ -454,16 +441,12 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
         f"{budget.numbers(config):,} parameters, {video:,} video and {text} text tokens a sample, "
         f"{flops / 1e12:,.3g} TFLOP a step and rank"
     )
-    said = budget.describe(parts(args.shard, *here)) + (
-        f"; {room / budget.GIB:.1f} are there" if room else ""
-    )
+    said = budget.describe(parts(args.shard, *here)) + (f"; {room / budget.GIB:.1f} are there" if room else "")
     ranks.print(f"--shard {args.shard}: {said}")
     if room and needed(args.shard, *here) > room:
         nearest = budget.nearest_fit(room, args.shard, *here, needed)
         raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
-    if (
-        ranks.device.type == "cpu" and video + text < 1024
-    ):  # the switch rules the CPU's kernel too, whose backward pass
+    if ranks.device.type == "cpu" and video + text < 1024:  # the switch rules the CPU's kernel too, whose backward pass
         torch.backends.cuda.enable_flash_sdp(False)  # is slow for few tokens: 12 % of a toy step
     if peak := ranks.peak():
         ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")
@@ -473,9 +456,7 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
 def train(args) -> None:
     ranks, run = Ranks(args.device), args.output
     compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
-    master = (
-        torch.float64 if compute == torch.float64 else torch.float32
-    )  # weights, gradients, noise and losses
+    master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     clips, test_clips = open_data(args, ranks)
     flops = 0.0 if args.stage == "vae" else plan(args, clips, ranks, compute, master)
@@ -500,17 +481,13 @@ def train(args) -> None:
         model.checkpointing = args.checkpointing
     wrapped = objective
     if ranks.count > 1 and args.shard in ("none", None):
-        wrapped = DistributedDataParallel(
-            objective, gradient_as_bucket_view=True
-        )  # else gradients exist twice
+        wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)  # else gradients exist twice
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     run.mkdir(parents=True, exist_ok=True)
-    restarted = (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    )  # torchrun after a failure: no one to say it
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
     start = load_checkpoint(args, ranks, model, ema, optimizer) if args.resume or restarted else 0
     if ranks.rank == 0:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -569,11 +546,7 @@ def train(args) -> None:
             record |= {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)}
             log(record | {"skipped_samples": ranks.count_all(getattr(clips, "skipped", 0))})
             words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
-            used = (
-                f"MFU {flops * rate / ranks.peak():.0%}"
-                if ranks.peak()
-                else f"{flops * rate / 1e12:.3g} TFLOP/s"
-            )
+            used = f"MFU {flops * rate / ranks.peak():.0%}" if ranks.peak() else f"{flops * rate / 1e12:.3g} TFLOP/s"
             ranks.print(
                 f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
                 f"{used} | {waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"

@@ -1,12 +1,13 @@
 """The causal 3D VAE of CogVideoX1.5 (paper Sec. 3.1 and A.1; frozen there): 8x8 pixels and 4 frames become one latent.
 
 Causal means that a convolution never looks at later frames: each sees its own frame and two before it. So a clip can be
-coded in chunks, each convolution keeping the last two frames of its input, with memory that does not grow with the clip.
-A chunk is 8 frames = 2 latents; the first has one more. Only GroupNorm looks at a whole chunk, so the size of the chunks is
-part of the model. Checked against diffusers' AutoencoderKLCogVideoX in `tests/test_parity.py`.
+coded in chunks, each convolution keeping the last two frames of its input, with memory that does not grow with the
+clip. A chunk is 8 frames = 2 latents; the first has one more. Only GroupNorm looks at a whole chunk, so the size of
+the chunks is part of the model. Checked against diffusers' AutoencoderKLCogVideoX in `tests/test_parity.py`.
 
-Video is (B, T, 3, H, W) in [-1, 1], T = 8k+1 (or 1); latents are (B, f, 16, h, w), f = (T-1)/4 + 1 odd, unscaled. Inside,
-tensors are (B, C, T, H, W) in channels-last memory, which makes the convolutions several times faster on CPUs with AMX.
+Video is (B, T, 3, H, W) in [-1, 1], T = 8k+1 (or 1); latents are (B, f, 16, h, w), f = (T-1)/4 + 1 odd, unscaled.
+Inside, tensors are (B, C, T, H, W) in channels-last memory, which makes the convolutions several times faster on CPUs
+with AMX.
 
     latents, _ = CausalVAE(VAE_PRESETS["tiny"]).encode(torch.rand(1, 9, 3, 64, 48) * 2 - 1)        # (1, 3, 16, 8, 6)
 """
@@ -42,7 +43,7 @@ VAE_PRESETS = {
 }
 
 
-# ---- layers. `cache` maps a convolution to the last two frames it saw; empty at the start of a clip ----------------------
+# ---- layers. `cache` maps a convolution to the last two frames it saw; empty at the start of a clip ----------------
 
 
 class CausalConv3d(nn.Conv3d):
@@ -52,9 +53,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, dim, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
-        past = (
-            [cache[self]] if self in cache else [x[:, :, :1]] * 2
-        )  # not expand: cat would leave channels-last
+        past = [cache[self]] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would leave channels-last
         x = torch.cat([*past, x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
@@ -74,8 +73,8 @@ def modulate_(x: Tensor, y: Tensor, b: Tensor) -> None:
 class Norm(nn.Module):
     """GroupNorm; in the decoder also modulated by the latents z under each place: GN(x) * conv_y(z) + conv_b(z).
 
-    The 1x1x1 convolutions run at z's own size, at most levels a small part of the places that x has, and the result is spread by broadcasting;
-    they look at one frame only, so they need no cache.
+    The 1x1x1 convolutions run at z's own size, at most levels a small part of the places that x has, and the result
+    is spread by broadcasting; they look at one frame only, so they need no cache.
     """
 
     def __init__(self, dim: int, config: VAEConfig, decoder: bool):
@@ -150,7 +149,7 @@ class Upsample(nn.Module):
         return x
 
 
-# ---- encoder, decoder ------------------------------------------------------------------------------------------------
+# ---- encoder, decoder ----------------------------------------------------------------------------------------------
 
 
 class Level(nn.Module):
@@ -158,9 +157,7 @@ class Level(nn.Module):
         self, in_dim: int, dim: int, layers: int, resample: nn.Module | None, config: VAEConfig, decoder: bool
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            ResBlock(in_dim if i == 0 else dim, dim, config, decoder) for i in range(layers)
-        )
+        self.blocks = nn.ModuleList(ResBlock(in_dim if i == 0 else dim, dim, config, decoder) for i in range(layers))
         self.resample = resample
 
     def forward(self, x: Tensor, z: Tensor | None, cache: dict) -> Tensor:
@@ -228,7 +225,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x, z), inplace=True), cache)
 
 
-# ---- the model: chunks in time, tiles in space -------------------------------------------------------------------------
+# ---- the model: chunks in time, tiles in space ---------------------------------------------------------------------
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -281,8 +278,8 @@ class CausalVAE(nn.Module):
     def whiten(self, mean: Tensor, std: Tensor):
         """Let the latents be (z - mean) / std from now on, mean and std (16,) in float32, and the pictures what they were.
 
-        Every layer that makes or reads latents is linear in them, so both go into its weights. Only at the picture's border the
-        decoder differs a little: where its first convolution saw zeros it now sees the mean.
+        Every layer that makes or reads latents is linear in them, so both go into its weights. Only at the picture's
+        border the decoder differs a little: where its first convolution saw zeros it now sees the mean.
         """
         C, out = self.config.latent_channels, self.encoder.conv_out
         out.weight[:C] /= std.view(-1, 1, 1, 1, 1)
@@ -297,9 +294,7 @@ class CausalVAE(nn.Module):
         """Lay the weights out for channels-last convolutions (again after loading: assignment keeps the file's layout)."""
         for p in self.parameters():
             if p.ndim >= 4:
-                p.data = p.data.contiguous(
-                    memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d
-                )
+                p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d)
         return self
 
     def tile(self, enabled: bool):
@@ -366,9 +361,7 @@ class Tiles:
             weight = ramp(tile.shape[3], overlap, x.device)[:, None] * ramp(tile.shape[4], overlap, x.device)
             # padded to the whole picture: plain, and small beside what the network itself needs
             top, left = (s * self.scale_out for s in start)
-            bottom, right = (
-                n * self.scale_out - s - m for n, s, m in zip(self.size, (top, left), tile.shape[3:])
-            )
+            bottom, right = (n * self.scale_out - s - m for n, s, m in zip(self.size, (top, left), tile.shape[3:]))
             total = total + F.pad(tile * weight, (left, right, top, bottom))
             weights = weights + F.pad(weight, (left, right, top, bottom))
         return (total / weights).to(tile.dtype)

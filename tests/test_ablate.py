@@ -49,10 +49,7 @@ def test_the_nearest_person_is_who_is_shown(pairs):
     """A on the truth, blurred or not; with the parts swapped, B and A."""
     for pair in pairs:
         assert ablate.nearest_person(pair.truth.video, pair) == 0
-        assert (
-            ablate.nearest_person(np.stack([cv2.GaussianBlur(f, (0, 0), 3) for f in pair.truth.video]), pair)
-            == 0
-        )
+        assert ablate.nearest_person(np.stack([cv2.GaussianBlur(f, (0, 0), 3) for f in pair.truth.video]), pair) == 0
         swapped = pair._replace(truth=pair.driver, driver=pair.truth)  # now B is the one who should be shown
         assert ablate.nearest_person(pair.driver.video, swapped) == 0
         assert ablate.nearest_person(pair.truth.video, swapped) == 1
@@ -75,7 +72,7 @@ def test_summary_takes_the_median_over_all_joints():
     assert ablate.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------------------------
 
 
 def plan(tmp_path, *rows, seeds=2):
@@ -104,11 +101,7 @@ def test_every_row_is_made_of_commands_that_exist(tmp_path):
             made = args.output / target.name if target.suffix != ".json" else args.output
             assert made == target
     scores = {target.stem: ablate.parse_args([str(w) for w in c[2:]])[1] for target, c in stages[3].items()}
-    assert (
-        scores["S1-0"].face == "none"
-        and scores["S6-1"].location == "none"
-        and scores["S3-0"].pose_cue == "rgb"
-    )
+    assert scores["S1-0"].face == "none" and scores["S6-1"].location == "none" and scores["S3-0"].pose_cue == "rgb"
 
 
 def test_the_rows_of_the_papers_tables_are_all_there():

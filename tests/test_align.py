@@ -26,7 +26,7 @@ boxes_inside = st.tuples(st.integers(0, W - 9), st.integers(0, H - 9), sides, si
     lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
 
 
-# ---- Eq. 9-12, loop by loop ----
+# ---- Eq. 9-12, loop by loop ----------------------------------------------------------------------------------------
 
 def eq_9_and_10(reference, masks):
     """As on the page, in float64, one pixel at a time."""
@@ -99,7 +99,7 @@ def test_a_known_similarity_is_undone_to_within_a_pixel(scale, t_x, t_y):
     assert np.abs(centre(moved).mean(0) - centre(target)).max() <= 1
 
 
-# ---- What must not move the fit ----
+# ---- What must not move the fit ------------------------------------------------------------------------------------
 
 FRAMES = np.stack([block(20 + k, 10, 30 + k, 30) for k in range(5)])
 REFERENCE = block(8, 4, 28, 34)
@@ -130,7 +130,7 @@ def test_an_accepted_outlier_leaves_the_scale():
     assert fit_similarity(REFERENCE, odd)[0] == fit_similarity(REFERENCE, FRAMES)[0]
 
 
-# ---- Degenerate input, decided ----
+# ---- Degenerate input, decided -------------------------------------------------------------------------------------
 
 def test_nobody_to_align_is_one_sentence():
     empty = np.zeros((H, W), bool)
@@ -151,7 +151,7 @@ def test_a_mask_one_pixel_high_counts_as_one():
     assert fit_similarity(line, line[None])[0] == 1 and np.isnan(tight_box(np.zeros((H, W), bool))).all()
 
 
-# ---- Modes, boxes, other canvases ----
+# ---- Modes, boxes, other canvases ----------------------------------------------------------------------------------
 
 def test_modes_use_bodies_faces_or_nothing():
     """Face mode must not look at bodies: it exists because a half body has no usable height."""
@@ -182,7 +182,7 @@ def test_a_similarity_resized_equals_the_similarity_of_resized_masks(ratio):
     assert np.abs(box - expected - [.5, .5, -.5, -.5]).max() <= 0.5
 
 
-# ---- Misalignment (A.2) ----
+# ---- Misalignment (A.2) --------------------------------------------------------------------------------------------
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2 ** 32 - 1), boxes_inside)

@@ -128,9 +128,7 @@ def test_every_part_runs_and_its_rows_are_whole(part, compared, in_this_process,
     """Small networks: each row says what was compared, sizes, dtype, runs and ratio, and is one line."""
     if part != "cues":
         pytest.importorskip("diffusers")
-    bench.main(
-        [part, "--size", "small", "--device", "cpu", "--repeat", "2", "-o", str(tmp_path / "bench.json")]
-    )
+    bench.main([part, "--size", "small", "--device", "cpu", "--repeat", "2", "-o", str(tmp_path / "bench.json")])
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = report["rows"]
     assert report["size"] == "small" and len(rows) == len(compared)

@@ -27,9 +27,7 @@ def test_forward_flops_of_the_5b_model_are_those_of_its_tokens():
     assert video == 7168
     S = video + 226
     whole = budget.forward_flops(FULL, video, 226)
-    assert whole == pytest.approx(9.513e9 * S + 516_096 * S**2, rel=2e-3) and whole == pytest.approx(
-        0.099e15, rel=0.01
-    )
+    assert whole == pytest.approx(9.513e9 * S + 516_096 * S**2, rel=2e-3) and whole == pytest.approx(0.099e15, rel=0.01)
 
 
 @pytest.mark.parametrize("injection", ["cuefusion", "concat", "cross", "none"])
@@ -51,9 +49,7 @@ def fake_ranks():
 
     def start(count):
         dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-        return Namespace(
-            rank=0, count=count, device=torch.device("cpu"), mesh=dist.init_device_mesh("cpu", (count,))
-        )
+        return Namespace(rank=0, count=count, device=torch.device("cpu"), mesh=dist.init_device_mesh("cpu", (count,)))
 
     yield start
     dist.destroy_process_group()
@@ -75,9 +71,7 @@ def test_states_equal_the_bytes_of_real_tensors(fake_ranks, ranks, how, teacher)
         p.grad = torch.zeros_like(p)
     optimizer.step()
     expected = budget.state_bytes(TINY, ranks, how, True, teacher)
-    assert (
-        local_bytes(model.parameters()) == expected["parameters"] == expected["average"] == local_bytes(ema)
-    )
+    assert local_bytes(model.parameters()) == expected["parameters"] == expected["average"] == local_bytes(ema)
     assert local_bytes(p.grad for p in model.parameters()) == expected["gradients"]
     assert local_bytes(t for s in optimizer.state.values() for t in s.values()) == expected["Adam's moments"]
     if teacher:
@@ -91,9 +85,7 @@ def test_kept_activations_are_those_that_autograd_saves():
     """Of one bfloat16 block, saved tensors that are no parameters; within 3 %."""
     config, grid, text = replace(DIT_PRESETS["toy"], depth=1), (6, 6, 6), 40
     block, D, N = Block(config).bfloat16(), config.dim, 216
-    x, c, pose, face = (
-        torch.randn(1, n, D, dtype=torch.bfloat16, requires_grad=True) for n in (N, text, N, N)
-    )
+    x, c, pose, face = (torch.randn(1, n, D, dtype=torch.bfloat16, requires_grad=True) for n in (N, text, N, N))
     parameters, kept = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
 
     def keep(tensor):
@@ -115,9 +107,7 @@ def test_stage_2_of_the_5b_model_fits_four_cards():
     assert gib(of("optimizer")) <= 38 and gib(of("full")) <= 27
     states = budget.state_bytes(FULL, 1, "none", False, 0)
     assert sum(states.values()) / budget.GIB == pytest.approx(89, abs=0.5)
-    assert budget.state_bytes(FULL, 4, "full", False, 10)["teacher"] / budget.GIB == pytest.approx(
-        2.7, abs=0.15
-    )
+    assert budget.state_bytes(FULL, 4, "full", False, 10)["teacher"] / budget.GIB == pytest.approx(2.7, abs=0.15)
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_setting_that_does():

@@ -30,7 +30,7 @@ H, W = 96, 64                                                          # canvas,
 FRAME = (48, 64)                                                       # native frames: landscape
 
 
-# ---- A drawn clip: a gray person with a bright face walks on a noisy background ----
+# ---- A drawn clip: a gray person with a bright face walks on a noisy background ------------------------------------
 
 def figure(x, shape=FRAME, y=8, tall=32, wide=10):
     body, face = np.zeros(shape, bool), np.zeros(shape, bool)
@@ -71,7 +71,7 @@ def judged(script, options=CueOptions()):
     return analyse(CLIP[:len(script)], REFERENCE, Finder(Scripted(script)), options)
 
 
-# ---- Low-pass ----
+# ---- Low-pass ------------------------------------------------------------------------------------------------------
 
 def direct_low_pass(gray, cutoff, gain):
     """The definition in float64 sums: mirror to 2H x 2W, DFT, gain by radius, inverse DFT, crop."""
@@ -139,7 +139,7 @@ def test_low_pass_takes_numpy_or_torch_any_batch_and_clips_nothing():
     assert smooth.min() > -1e-9 and smooth.max() < 1 + 1e-9            # a Gaussian does not
 
 
-# ---- Softening ----
+# ---- Softening -----------------------------------------------------------------------------------------------------
 
 def direct_soften(mask, cell, statistic, phase):
     """Blocks by their own loops, then bilinear interpolation between block centres, held at the border."""
@@ -212,7 +212,7 @@ def test_grid_soften_takes_batches():
     assert (grid_soften(masks, 8, phase=(3, 5))[1, 2] == grid_soften(masks[1, 2], 8, phase=(3, 5))).all()
 
 
-# ---- Faces over time ----
+# ---- Faces over time -----------------------------------------------------------------------------------------------
 
 def boxes_with_gap(length, slim_before=0.75, slim_after=0.75, around=6):
     """A face moving right by 1 a frame, 40 high; `length` frames without it in the middle."""
@@ -278,7 +278,7 @@ def test_the_face_kept_is_the_one_on_the_person():
     assert np.isnan(find_face(seen(), frame, mask, hers)).all()
 
 
-# ---- Given masks ----
+# ---- Given masks ---------------------------------------------------------------------------------------------------
 
 def test_painted_masks_survive_a_lossy_video(tmp_path):
     """White person, red face, through H.264 in 4:2:0; a threshold at 0 would drown the frame in noise."""
@@ -308,7 +308,7 @@ def test_a_reference_mask_of_the_original_size_is_cut_like_the_reference():
     assert mask.shape == (H, W) and abs(mask.mean() / OWN_BODY.mean() - 1) < 0.1
 
 
-# ---- Tracking ----
+# ---- Tracking ------------------------------------------------------------------------------------------------------
 
 def test_one_person_is_kept_whatever_the_order_and_size_of_the_others():
     """Catches following the largest frame by frame: the cue would jump between two dancers."""
@@ -402,7 +402,7 @@ def test_an_onnx_network_runs_at_its_own_size(tmp_path):
     assert (person.mask == (frame[..., 0] > 127)).mean() > 0.99
 
 
-# ---- segment-anything ----
+# ---- segment-anything ----------------------------------------------------------------------------------------------
 
 HERS, HIS = np.array([10, 10, 29, 39.0]), np.array([40, 5, 59, 44.0])
 
@@ -490,7 +490,7 @@ def test_full_size_sam_and_detector_load_published_layouts(tmp_path, monkeypatch
         Sam(tmp_path / "text.pth")
 
 
-# ---- Scores and rejection ----
+# ---- Scores and rejection ------------------------------------------------------------------------------------------
 
 GOOD = [[(body, 0.95, 0.97)] for body in BODIES]
 
@@ -547,7 +547,7 @@ def test_a_rejected_frame_has_a_black_pose_and_its_neighbours_mask():
     assert (rows[5][2] == rows[4][2]).all() or (rows[5][2] == rows[6][2]).all()
 
 
-# ---- The two passes ----
+# ---- The two passes ------------------------------------------------------------------------------------------------
 
 def test_slot_0_is_aligned_by_the_identity():
     """The reference's own cues sit where the reference is; anything else teaches an offset."""
@@ -659,7 +659,7 @@ def test_memory_is_flat_in_the_length_of_the_clip():
     assert peak(300)[0] - peak(30)[0] < 270 * 8000                     # a frame with its cues is 100 kB more
 
 
-# ---- Warnings in words ----
+# ---- Warnings in words ---------------------------------------------------------------------------------------------
 
 def warnings_of(clip, masks, reference_mask=GIVEN.reference_mask, **options):
     find = Finder(masks=masks, reference_mask=reference_mask)
@@ -687,7 +687,7 @@ def test_warnings_name_what_a_person_should_look_at():
     assert "10 of 12 driving frames are rejected" in track.summary()
 
 
-# ---- Command line ----
+# ---- Command line --------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def files(tmp_path):
@@ -759,7 +759,7 @@ def test_options_reject_unknown_words():
         CueOptions(pose="grey")
 
 
-# ---- Real pictures ----
+# ---- Real pictures -------------------------------------------------------------------------------------------------
 
 def test_detail_of_a_real_frame_falls_by_the_filters_own_curve(assets):
     """Fig. 7 as a number: every DCT coefficient is multiplied by the Gaussian of its radius."""

@@ -33,10 +33,7 @@ def test_masks_are_pooled_over_their_own_frames_and_cells(T, groups):
         for i in range(3):
             for j in range(5):
                 cell = [
-                    masks[t, 0, y, x]
-                    for t in group
-                    for y in range(8 * i, 8 * i + 8)
-                    for x in range(8 * j, 8 * j + 8)
+                    masks[t, 0, y, x] for t in group for y in range(8 * i, 8 * i + 8) for x in range(8 * j, 8 * j + 8)
                 ]
                 assert pooled[k, 0, i, j].item() == pytest.approx(sum(cell) / len(cell), rel=1e-12)
 

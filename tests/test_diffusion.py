@@ -20,7 +20,7 @@ def schedule():
     return Schedule()
 
 
-# ---- Eq. 5-8 -------------------------------------------------------------------------------------------------------------
+# ---- Eq. 5-8 -------------------------------------------------------------------------------------------------------
 
 
 def betas_of(schedule):
@@ -58,7 +58,11 @@ def test_schedule_starts_at_the_papers_betas_and_ends_in_pure_noise(schedule):
 
 def test_eq6_add_noise_mixes_each_sample_by_its_own_step(schedule):
     """Every element by a loop. Catches square roots forgotten, and the step broadcast along the wrong axis."""
-    clean, noise, step = torch.randn(SHAPE, dtype=torch.float64), torch.randn(SHAPE, dtype=torch.float64), torch.tensor([999, 250])
+    clean, noise, step = (
+        torch.randn(SHAPE, dtype=torch.float64),
+        torch.randn(SHAPE, dtype=torch.float64),
+        torch.tensor([999, 250]),
+    )
     noisy = schedule.add_noise(clean, noise, step)
     for b in range(2):
         alpha_bar = schedule.alphas_cumprod[step[b]].item()
@@ -72,9 +76,13 @@ def test_velocity_and_predict_x0_are_inverse_at_every_step(schedule):
     step = torch.arange(1000)
     clean, noise = torch.randn(2, 1000, 3, dtype=torch.float64)
     v = schedule.velocity(clean, noise, step)
-    torch.testing.assert_close(schedule.predict_x0(schedule.add_noise(clean, noise, step), v, step), clean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        schedule.predict_x0(schedule.add_noise(clean, noise, step), v, step), clean, rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(v[999], -clean[999])
-    torch.testing.assert_close(v.square() + schedule.add_noise(clean, noise, step).square(), clean.square() + noise.square())
+    torch.testing.assert_close(
+        v.square() + schedule.add_noise(clean, noise, step).square(), clean.square() + noise.square()
+    )
 
 
 def test_eq8_v_loss_is_cogvideox_weighted_x0_loss(schedule):
@@ -101,11 +109,13 @@ def test_bf16_latents_are_handled_in_float32(schedule, make):
 
 
 def test_noise_is_added_at_step_0_and_1_in_bf16(schedule):
-    noisy = schedule.add_noise(torch.zeros(2, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([0, 1]))
+    noisy = schedule.add_noise(
+        torch.zeros(2, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([0, 1])
+    )
     assert noisy[0, 0].item() == pytest.approx(math.sqrt(1 - 0.99915), rel=1e-4) and noisy[1, 0] > noisy[0, 0]
 
 
-# ---- samplers ------------------------------------------------------------------------------------------------------------
+# ---- samplers ------------------------------------------------------------------------------------------------------
 
 
 def perfect(clean, schedule):
@@ -244,7 +254,7 @@ def test_step_counts_out_of_range_are_refused(schedule, sampler, steps):
         sampler(lambda latents, step: latents, torch.randn(SHAPE), schedule, steps)
 
 
-# ---- windows -------------------------------------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------------------------
 
 LENGTHS = [1, 3, 11, 13, 15, 17, 21, 23, 29, 41, 61, 121]
 
@@ -297,7 +307,9 @@ def test_windows_are_weighted_by_triangles_and_the_reference_by_the_plain_mean()
     """An oracle by loops: each window answers with its own number. 23 latents are three windows: 0, 8, 10."""
     length, size = 23, 13
     answers = {0: 1.0, 8: 10.0, 10: 100.0}
-    v = windows(lambda part, step, start: torch.full_like(part, answers[start]), length)(torch.zeros(1, 1 + length, 2, 3, 4), 0)
+    v = windows(lambda part, step, start: torch.full_like(part, answers[start]), length)(
+        torch.zeros(1, 1 + length, 2, 3, 4), 0
+    )
     assert v[0, 0].unique().tolist() == pytest.approx([37.0])
     for i in range(length):
         weights = {}

@@ -47,7 +47,7 @@ def face(assets):
     return evaluate.load_face(str(assets / "weights/face"))
 
 
-# ---- Oracles: plain loops over Python floats ----
+# ---- Oracles: plain loops over Python floats -----------------------------------------------------------------------
 
 
 def loop_mse(a, b, weight=None):
@@ -164,17 +164,14 @@ def test_degenerate_pictures_have_a_value_and_no_warning():
         evaluate.ssim(a[:9, :6], b[:9, :6])
 
 
-# ---- Frechet distance ----
+# ---- Frechet distance ----------------------------------------------------------------------------------------------
 
 
 def loop_covariance(x):
     n, d = len(x), len(x[0])
     mean = [sum(row[i] for row in x) / n for i in range(d)]
     return np.array(mean), np.array(
-        [
-            [sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in x) / (n - 1) for j in range(d)]
-            for i in range(d)
-        ]
+        [[sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in x) / (n - 1) for j in range(d)] for i in range(d)]
     )
 
 
@@ -201,7 +198,7 @@ def test_frechet_distance_of_float32_and_of_one_feature():
         evaluate.frechet_distance(x[:1], x)
 
 
-# ---- Faces ----
+# ---- Faces ---------------------------------------------------------------------------------------------------------
 
 
 def test_face_identity_and_stability_equal_loops_and_skip_frames_without_a_face():
@@ -247,7 +244,7 @@ def test_real_faces_are_found_and_their_landmarks_lie_on_them(assets, face):
     assert nobody is None and not none.any() and none.shape == (5, 3)
 
 
-# ---- Keypoints ----
+# ---- Keypoints -----------------------------------------------------------------------------------------------------
 
 
 def loop_consistency(driver, generated, diagonal=None):
@@ -282,9 +279,7 @@ def test_keypoint_consistency_equals_loops_and_has_a_rule_for_what_is_not_seen()
     assert evaluate.keypoint_consistency(driver, driver) == 0
     assert math.isnan(evaluate.keypoint_consistency(driver, np.zeros_like(driver)))
     twice = driver * (2, 2, 1), generated * (2, 2, 1)
-    assert evaluate.keypoint_consistency(*twice) == pytest.approx(
-        evaluate.keypoint_consistency(driver, generated)
-    )
+    assert evaluate.keypoint_consistency(*twice) == pytest.approx(evaluate.keypoint_consistency(driver, generated))
 
 
 def test_similarity_is_removed_and_nothing_else():
@@ -317,7 +312,7 @@ def test_points_of_another_canvas_are_placed_as_sample_py_letterboxes_them():
     assert off["_image"] == pytest.approx(10 / math.hypot(400, 400)) and off["_rate"] == pytest.approx(6 / 9)
 
 
-# ---- Order on real clips ----
+# ---- Order on real clips -------------------------------------------------------------------------------------------
 
 
 def run(capsys, *arguments):
@@ -367,13 +362,11 @@ def test_toy_joints_rank_motions_and_forget_the_person():
         return np.concatenate((clip.joints, clip.visible[..., None]), -1)
 
     driver, other_person, other_motion = joints(1, 2), joints(5, 2), joints(5, 3)
-    plc = lambda generated: evaluate.keypoint_consistency(
-        evaluate.remove_similarity(driver, generated), generated
-    )
+    plc = lambda generated: evaluate.keypoint_consistency(evaluate.remove_similarity(driver, generated), generated)
     assert evaluate.keypoint_consistency(driver, driver) == 0 < plc(other_person) < plc(other_motion)
 
 
-# ---- The command ----
+# ---- The command ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -448,16 +441,12 @@ def test_faces_of_a_real_clip_through_the_command(tmp_path, capsys, dance, asset
     mean, clips = result["mean"], result["clips"]
     assert mean["fis"]["clips"] == mean["fts"]["clips"] == mean["flc"]["clips"] == ["dance"]
     assert 0.5 < mean["fis"]["mean"] < 1 and 0.5 < mean["fts"]["mean"] < 1 and 0 < mean["flc"]["mean"] < 1
-    assert (
-        mean["face_rate"]["mean"] == 0.5 and clips["grey"]["face_rate"] == 0 and clips["grey"]["fis"] is None
-    )
+    assert mean["face_rate"]["mean"] == 0.5 and clips["grey"]["face_rate"] == 0 and clips["grey"]["fis"] is None
     alone = ["--metrics", "fis", "--face-model", model]
     assert "not run: no face" in run(capsys, generated / "grey", truth / "grey", *alone)
     picture = tmp_path / "wall.png"
     write_image(picture, np.full((64, 64, 3), 9, np.uint8))
-    assert "not run: no face" in run(
-        capsys, generated / "dance", truth / "dance", *alone, "--reference", picture
-    )
+    assert "not run: no face" in run(capsys, generated / "dance", truth / "dance", *alone, "--reference", picture)
 
 
 def test_keypoints_from_files_need_no_network(folders, capsys):
@@ -504,9 +493,7 @@ def test_fvd_feeds_every_run_of_16_frames_as_the_field_does(tmp_path, capsys, da
         generated = 255 - truth[::-1] // 2
         for side, kind, frames in zip(features, ("g", "t"), (generated, truth)):
             save_frames(tmp_path / kind / name, frames)
-            small = [
-                np.float64(Image.fromarray(f).resize((224, 224), Image.Resampling.BICUBIC)) for f in frames
-            ]
+            small = [np.float64(Image.fromarray(f).resize((224, 224), Image.Resampling.BICUBIC)) for f in frames]
             for k in range(length - 15):
                 window = np.stack(small[k : k + 16]) / 127.5 - 1
                 side.append(np.r_[window.mean((0, 1, 2)), window[0].mean((0, 1)), window.max((0, 1, 2))])
@@ -611,7 +598,7 @@ def test_help_imports_no_network():
         assert library not in done.stderr
 
 
-# ---- Slow: the real architectures, random weights ----
+# ---- Slow: the real architectures, random weights ------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -40,14 +40,20 @@ from model import DIT_PRESETS, DiT
 from text import T5_PRESETS, T5Encoder
 from vae import VAE_PRESETS, CausalVAE
 
-diffusers = pytest.importorskip("diffusers", reason="the source format is diffusers': pip install -r requirements-dev.txt")
-transformers = pytest.importorskip("transformers", reason="the source format is transformers': pip install -r requirements-dev.txt")
+diffusers = pytest.importorskip(
+    "diffusers", reason="the source format is diffusers': pip install -r requirements-dev.txt"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="the source format is transformers': pip install -r requirements-dev.txt"
+)
 
 ROOT = Path(__file__).parent.parent
 
 
 def their_transformer(heads=48, head_dim=64, layers=42, text_dim=4096, time_dim=512, **changes):
-    fields = dict(num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, in_channels=32, out_channels=16)
+    fields = dict(
+        num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, in_channels=32, out_channels=16
+    )
     fields |= dict(patch_size=2, patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True)
     fields |= dict(ofs_embed_dim=time_dim, time_embed_dim=time_dim, text_embed_dim=text_dim)
     fields |= dict(sample_frames=81, sample_height=96, sample_width=170)
@@ -69,10 +75,12 @@ def their_vae(channels=(128, 256, 256, 512), layers=3, groups=32):
 
 def their_t5(vocab=32128, dim=4096, head_dim=64, ff_dim=10240, layers=24, heads=64):
     fields = dict(vocab_size=vocab, d_model=dim, d_kv=head_dim, d_ff=ff_dim, num_layers=layers, num_heads=heads)
-    return transformers.T5EncoderModel(transformers.T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **fields))
+    return transformers.T5EncoderModel(
+        transformers.T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **fields)
+    )
 
 
-# ---- full size, without weights ------------------------------------------------------------------------------------------
+# ---- full size, without weights ------------------------------------------------------------------------------------
 
 FULL = {
     "transformer": (their_transformer, DiT, DIT_PRESETS["cogvideox1.5-5b"], dit_config, dit_name, 1028, 5_571_594_880),
@@ -107,11 +115,13 @@ def test_text_to_video_config_is_read_too(tmp_path):
         config = dit_config(tmp_path)
         ours = DiT(config)
     assert config == replace(DIT_PRESETS["cogvideox1.5-5b"], in_channels=16, ofs=False)
-    assert {dit_name(name) for name in theirs.state_dict()} == {n for n, _ in ours.named_parameters() if not re.fullmatch(CUE_NAMES, n)}
+    assert {dit_name(name) for name in theirs.state_dict()} == {
+        n for n, _ in ours.named_parameters() if not re.fullmatch(CUE_NAMES, n)
+    }
     assert len(theirs.state_dict()) == 1024
 
 
-# ---- a small folder, whole and broken ------------------------------------------------------------------------------------
+# ---- a small folder, whole and broken ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +186,12 @@ def test_command_says_that_a_whole_folder_is_whole(whole):
     done = command(whole)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [["transformer", "68"], ["vae", "244"], ["text_encoder", "21"], ["tokenizer", "whole"]]
+    assert [line.split()[:2] for line in lines] == [
+        ["transformer", "68"],
+        ["vae", "244"],
+        ["text_encoder", "21"],
+        ["tokenizer", "whole"],
+    ]
     count = sum(p.numel() for p in their_transformer(3, 32, 2, 56, 40).parameters())
     assert f"{count:,} parameters: all used, all filled, all shapes equal" in lines[0]
 
@@ -237,7 +252,9 @@ def test_a_foreign_checkpoint_is_refused_at_once_and_in_a_few_lines(whole, tmp_p
     """Every name wrong: ten of each side are shown, the rest counted. Catches a minute spent on closest names that nobody sees."""
     folder = shutil.copytree(whole, tmp_path / "copy")
     for path in (folder / "transformer").glob("*.safetensors"):
-        edit_shard(path, lambda tensors: [tensors.update({f"model.{name}": tensors.pop(name)}) for name in list(tensors)])
+        edit_shard(
+            path, lambda tensors: [tensors.update({f"model.{name}": tensors.pop(name)}) for name in list(tensors)]
+        )
     error = refusal(folder, monkeypatch, capsys)
     assert "68 tensors unused, 68 missing" in error
     assert error.count("unused   ") == error.count("missing  ") == 10 and "and 116 more" in error
@@ -266,8 +283,9 @@ def test_a_shard_that_the_index_names_but_is_not_there_is_named(folder, monkeypa
 
 def test_shards_without_their_index_are_refused(folder, monkeypatch, capsys):
     next((folder / "transformer").glob("*.index.json")).unlink()
-    assert f"{folder}/transformer: {len(list((folder / 'transformer').glob('*.safetensors')))} .safetensors files and no index" in refusal(
-        folder, monkeypatch, capsys
+    assert (
+        f"{folder}/transformer: {len(list((folder / 'transformer').glob('*.safetensors')))} .safetensors files and no index"
+        in refusal(folder, monkeypatch, capsys)
     )
 
 
@@ -280,7 +298,9 @@ def test_a_missing_config_is_named_and_all_faults_come_at_once(folder, monkeypat
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
-@pytest.mark.parametrize("content, message", [('{"patch_size_t": 2', "not a whole JSON file"), ('{"patch_size_t": 2}', "no field")])
+@pytest.mark.parametrize(
+    "content, message", [('{"patch_size_t": 2', "not a whole JSON file"), ('{"patch_size_t": 2}', "no field")]
+)
 def test_a_broken_or_foreign_config_is_named(folder, monkeypatch, capsys, part, content, message):
     """Catches a bare KeyError or a JSON message without a file."""
     (folder / part / "config.json").write_text(content)
@@ -310,10 +330,12 @@ def test_a_setting_that_this_network_does_not_implement_is_refused(folder, monke
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
-    assert refusal(tmp_path / "nowhere", monkeypatch, capsys) == f"load_cogvideox.py: {tmp_path}/nowhere: no such folder\n"
+    assert (
+        refusal(tmp_path / "nowhere", monkeypatch, capsys) == f"load_cogvideox.py: {tmp_path}/nowhere: no such folder\n"
+    )
 
 
-# ---- loading -------------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------------------------
 
 LOADERS = [load_transformer, load_vae, load_text_encoder]
 
@@ -354,7 +376,13 @@ def test_loaded_vae_weights_are_channels_last(whole):
 def cue_inputs(config):
     torch.manual_seed(5)
     pose, face = 100 * torch.randn(2, 1, 2, config.cue_channels, 6, 4)
-    return torch.randn(1, 2, config.in_channels, 6, 4), torch.tensor([321]), torch.randn(1, 7, config.text_dim), pose, face
+    return (
+        torch.randn(1, 2, config.in_channels, 6, 4),
+        torch.tensor([321]),
+        torch.randn(1, 7, config.text_dim),
+        pose,
+        face,
+    )
 
 
 @pytest.mark.parametrize("injection", ["cuefusion", "cross", "concat"])
@@ -375,7 +403,9 @@ def test_a_loaded_model_with_cues_equals_cogvideox_bit_for_bit(whole, injection)
             assert (norm.weight == 1).all() and (norm.bias == 0).all()
     if injection == "cross":
         scale = model.config.dim**-0.5  # PyTorch's own initialisation: uniform up to 1/sqrt(D)
-        layers = [layer for block in model.blocks for layer in (block.cues.attn.q, block.cues.attn.k, block.cues.attn.v)]
+        layers = [
+            layer for block in model.blocks for layer in (block.cues.attn.q, block.cues.attn.k, block.cues.attn.v)
+        ]
         assert all(0.4 * scale < layer.weight.std() < 0.7 * scale for layer in layers)
 
 
@@ -391,14 +421,18 @@ def test_load_transformer_makes_the_cue_layers_of_a_fresh_model(whole):
         assert (block.cues.norm_pose.weight == 1).all() and not block.cues.norm_pose.bias.any()
     for embed in (model.pose_embed, model.face_embed):
         mine, trunk = embed.weight.unflatten(1, (17, 8)), model.patch_embed.weight.unflatten(1, (32, 8))
-        assert torch.equal(mine[:, :16], trunk[:, :16]) and mine[:, 16].any() and torch.equal(embed.bias, model.patch_embed.bias)
+        assert (
+            torch.equal(mine[:, :16], trunk[:, :16])
+            and mine[:, 16].any()
+            and torch.equal(embed.bias, model.patch_embed.bias)
+        )
 
 
 def test_load_tokenizer_reads_the_folders_tokenizer(whole):
     assert load_tokenizer(whole)([""])[0, :2].tolist() == [1, 0]
 
 
-# ---- our own files -------------------------------------------------------------------------------------------------------
+# ---- our own files -------------------------------------------------------------------------------------------------
 
 
 def small(network_class):
@@ -429,7 +463,9 @@ def test_our_files_can_be_written_and_read_in_another_dtype(tmp_path):
     network = small(DiT)
     save_weights(tmp_path / "half.safetensors", network, dtype=torch.bfloat16)
     assert {p.dtype for p in load_weights(tmp_path / "half.safetensors")[0].parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in load_weights(tmp_path / "half.safetensors", torch.float32)[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in load_weights(tmp_path / "half.safetensors", torch.float32)[0].parameters()} == {
+        torch.float32
+    }
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
@@ -528,7 +564,7 @@ def test_weights_in_use_survive_a_save_to_their_own_file(tmp_path):
     assert load_weights(path)[0].patch_embed.weight.any()
 
 
-# ---- memory --------------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys, threading, time
@@ -583,7 +619,9 @@ def test_full_size_fp32_t5_loads_as_bf16_without_a_second_copy(tmp_path):
         done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         size, before, peak, seconds = (float(v) for v in done.stdout.split())
-        print(f"T5 XXL: {size:.2f} GiB finished, peak anonymous {peak:.2f} GiB ({before:.2f} before loading), {seconds:.0f} s")
+        print(
+            f"T5 XXL: {size:.2f} GiB finished, peak anonymous {peak:.2f} GiB ({before:.2f} before loading), {seconds:.0f} s"
+        )
         assert size == pytest.approx(4_762_310_656 * 2 / 2**30, abs=1e-3)
         assert peak <= size + 1.5
     finally:

@@ -59,7 +59,7 @@ def inputs(batch=2, cue_batch=2, config=CONFIG, seed=2):
     return latents, torch.tensor([999, 37, 500])[:batch], text, pose, face
 
 
-# ---- Eq. 1-3, as on the page ---------------------------------------------------------------------------------------------
+# ---- Eq. 1-3, as on the page ---------------------------------------------------------------------------------------
 
 D, TIME = 6, 5
 NAMES = ["alpha_p", "beta_p", "gamma_p", "alpha_f", "beta_f", "gamma_f"]  # the paper's order
@@ -183,7 +183,7 @@ def test_cues_reach_attention_through_the_video_tokens_only():
     assert not torch.equal(x_in, x_out)
 
 
-# ---- step 0 --------------------------------------------------------------------------------------------------------------
+# ---- step 0 --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -295,7 +295,7 @@ def test_dropped_cues_and_reference_are_finite_in_value_and_gradient(injection, 
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-# ---- one forward, many ways ----------------------------------------------------------------------------------------------
+# ---- one forward, many ways ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
@@ -396,14 +396,18 @@ def test_odd_sizes_and_wrong_channels_are_refused_in_one_sentence(shape):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"dim": 100}, "dim=100.*multiple of 16"), ({"num_heads": 4}, "multiple of 16"), ({"cue_injection": "add"}, "'add'.*concat")],
+    [
+        ({"dim": 100}, "dim=100.*multiple of 16"),
+        ({"num_heads": 4}, "multiple of 16"),
+        ({"cue_injection": "add"}, "'add'.*concat"),
+    ],
 )
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **change)
 
 
-# ---- tokens and positions ------------------------------------------------------------------------------------------------
+# ---- tokens and positions ------------------------------------------------------------------------------------------
 
 
 def test_patchify_orders_tokens_t_h_w_and_features_c_t_h_w():
@@ -493,12 +497,16 @@ def test_sinusoid_golden_values():
     """diffusers' get_timestep_embedding with flip_sin_to_cos, freq_shift 0: cosines first. Step 500 at 3072, ofs 2.0 at 512."""
     step, ofs = sinusoid(torch.tensor([500]), 3072)[0], sinusoid(torch.tensor([2.0]), 512)[0]
     assert step[:3].tolist() == pytest.approx([-0.8838492631912231, 0.8025765419006348, -0.6898795366287231], abs=1e-4)
-    assert step[1536:1539].tolist() == pytest.approx([-0.4677717983722687, 0.5965491533279419, -0.7239241600036621], abs=1e-4)
+    assert step[1536:1539].tolist() == pytest.approx(
+        [-0.4677717983722687, 0.5965491533279419, -0.7239241600036621], abs=1e-4
+    )
     assert ofs[:3].tolist() == pytest.approx([-0.416146844625473, -0.3508951663970947, -0.2862854301929474], abs=1e-6)
-    assert ofs[256:259].tolist() == pytest.approx([0.9092974066734314, 0.9364147782325745, 0.9581443667411804], abs=1e-6)
+    assert ofs[256:259].tolist() == pytest.approx(
+        [0.9092974066734314, 0.9364147782325745, 0.9581443667411804], abs=1e-6
+    )
 
 
-# ---- counts --------------------------------------------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------------------------
 
 
 def count(config) -> int:
@@ -521,5 +529,5 @@ def test_python_model_py_prints_the_shapes_of_one_forward(capsys):
     """The module's own command works and shows CueFusion's three outputs."""
     runpy.run_path(str(Path(__file__).parent.parent / "model.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "blocks.0.cues  [(1, 108, 320), (1, 108, 320), (1, 108, 320)]" in printed
+    assert "blocks.0.cues  [(1, 108, 256), (1, 108, 256), (1, 108, 256)]" in printed
     assert "(1, 6, 16, 12, 12)" in printed and f"{count(DIT_PRESETS['toy']):,} parameters" in printed

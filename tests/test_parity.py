@@ -1,6 +1,7 @@
 """Our networks equal CogVideoX1.5's: small random models of diffusers and transformers, saved in the hub's layout, read by our load_*.
 
-Sizes are all different, so that no transposed axis can pass. When outputs differ, the failure names the first layer that does.
+Sizes are all different, so that no transposed axis can pass. When outputs differ, the failure names the first layer
+that does.
 """
 
 import pytest
@@ -10,9 +11,7 @@ from diffusion import Schedule, ddim, dpm_solver
 from load_cogvideox import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from text import empty_prompt
 
-diffusers = pytest.importorskip(
-    "diffusers", reason="parity needs diffusers: pip install -r requirements-dev.txt"
-)
+diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-dev.txt")
 transformers = pytest.importorskip(
     "transformers", reason="parity needs transformers: pip install -r requirements-dev.txt"
 )
@@ -35,9 +34,7 @@ def assert_equal(run_ours, run_theirs, pairs, tolerance):
         return hook
 
     hooks = [
-        module.register_forward_hook(record(n, side))
-        for n, a, b in pairs
-        for side, module in (("a", a), ("b", b))
+        module.register_forward_hook(record(n, side)) for n, a, b in pairs for side, module in (("a", a), ("b", b))
     ]
     with torch.no_grad():
         ours, theirs = run_ours(), run_theirs()
@@ -63,7 +60,7 @@ def randomize(model, seed=0):
     return model.eval()
 
 
-# ---- the transformer -----------------------------------------------------------------------------------------------------
+# ---- the transformer -----------------------------------------------------------------------------------------------
 
 
 def save_transformer(folder, image_to_video: bool):
@@ -133,7 +130,7 @@ def test_transformer_equals_diffusers(tmp_path, image_to_video, f, h, w):
     )
 
 
-# ---- the VAE -------------------------------------------------------------------------------------------------------------
+# ---- the VAE -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +168,7 @@ def test_vae_encode_equals_diffusers(vaes, frames):
         posterior = theirs.encode(video.transpose(1, 2)).latent_dist
         return torch.stack([posterior.mean, posterior.logvar]).transpose(2, 3)
 
-    assert_equal(
-        lambda: torch.stack(ours.encode(video)), run_theirs, vae_pairs(ours, theirs, encoder=True), 2e-5
-    )
+    assert_equal(lambda: torch.stack(ours.encode(video)), run_theirs, vae_pairs(ours, theirs, encoder=True), 2e-5)
 
 
 @pytest.mark.parametrize("latent_frames", [1, 3, 5, 7])
@@ -189,7 +184,7 @@ def test_vae_decode_equals_diffusers(vaes, latent_frames):
     )
 
 
-# ---- text ----------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------------------------
 
 
 def test_t5_equals_transformers(tmp_path):
@@ -207,9 +202,7 @@ def test_t5_equals_transformers(tmp_path):
     theirs = randomize(transformers.T5EncoderModel(config), seed=5)
     theirs.save_pretrained(tmp_path / "text_encoder", max_shard_size="40KB")
     ours = load_text_encoder(tmp_path)
-    ids = torch.cat(
-        [torch.randint(0, 128, (1, 226), generator=torch.Generator().manual_seed(6)), empty_prompt()]
-    )
+    ids = torch.cat([torch.randint(0, 128, (1, 226), generator=torch.Generator().manual_seed(6)), empty_prompt()])
     pairs = [("embed", ours.embed, theirs.encoder.embed_tokens)]
     pairs += [(f"blocks.{i}", a, b) for i, (a, b) in enumerate(zip(ours.blocks, theirs.encoder.block))]
     assert_equal(lambda: ours(ids), lambda: theirs(ids).last_hidden_state, pairs, 1e-5)
@@ -245,7 +238,7 @@ def test_tokenizer_ids_equal_transformers(assets):
     assert torch.equal(ids[0], empty_prompt()[0])
 
 
-# ---- samplers ------------------------------------------------------------------------------------------------------------
+# ---- samplers ------------------------------------------------------------------------------------------------------
 
 SCHEDULER = dict(
     beta_start=0.00085,

@@ -90,7 +90,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# ---- prepare ----------------------------------------------------------------------------------------------
+# ---- prepare -------------------------------------------------------------------------------------------------------
 
 
 def test_the_tiktok_data_set_is_split_as_in_the_paper():
@@ -116,9 +116,7 @@ def test_tiktok_folders_files_and_captions_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "00002.txt").write_text("a caption")
-    found = {
-        name: (str(path.relative_to(tmp_path)), text.name) for name, path, text in prepare.inputs(tmp_path)
-    }
+    found = {name: (str(path.relative_to(tmp_path)), text.name) for name, path, text in prepare.inputs(tmp_path)}
     assert found == {
         "00002": ("00002/images", "00002.txt"),
         "a": ("a.mp4", "a.txt"),
@@ -260,7 +258,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(copied, world, extra, message
     assert message in err
 
 
-# ---- add-pseudo -------------------------------------------------------------------------------------------
+# ---- add-pseudo ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -296,19 +294,12 @@ def test_pseudo_videos_are_filtered_with_a_report_and_the_good_pair_is_cached(co
     assert code == 0, err
     verdicts = lines_of(copied / "pseudo.jsonl")
     reasons = {(v["kind"], v["video"].split("_")[2][:-4]): v["reason"] for v in verdicts}
-    assert (
-        reasons.pop(("body", "good"))
-        is reasons.pop(("face", "good"))
-        is reasons.pop(("body", "alone"))
-        is None
-    )
+    assert reasons.pop(("body", "good")) is reasons.pop(("face", "good")) is reasons.pop(("body", "alone")) is None
     assert {key: reason.split(":")[0] for key, reason in reasons.items()} == {
         ("body", "blur"): "detail", ("face", "blur"): "detail", ("body", "long"): "unusable",
         ("face", "long"): "unusable", ("body", "pose"): "pose", ("face", "faceless"): "faces",
     }  # fmt: skip
-    assert (
-        "body: 2 of 5 kept" in out and "face: 1 of 4 kept" in out and "1 of 3 clips have pseudo cues" in out
-    )
+    assert "body: 2 of 5 kept" in out and "face: 1 of 4 kept" in out and "1 of 3 clips have pseudo cues" in out
     clips = {line["id"]: line["pseudo"] for line in lines_of(copied / "clips.jsonl")}
     good = {"body": "dance_000000_good.mp4", "face": "dance_000000_good.mp4"}
     assert clips == {"dance_000000": [good], "00336_000000": [], "00336_000009": []}
@@ -326,7 +317,8 @@ def test_a_pose_cue_of_add_pseudo_is_misaligned_and_a_face_cue_is_not(monkeypatc
     track = cues.analyse(clip.video, clip.video[0], cues.Finder(masks=masks), prepare.OWN_PLACE)
     monkeypatch.setattr(data, "misalignment", lambda presence, generator: (1.0, np.array([8.0, 0.0])))
     plain, moved = (
-        data.cue_variant(*[(clip.video, track)] * 2, 0, prepare.keyed(0), misaligned, prepare.OWN_PLACE) for misaligned in (False, True)
+        data.cue_variant(*[(clip.video, track)] * 2, 0, prepare.keyed(0), misaligned, prepare.OWN_PLACE)
+        for misaligned in (False, True)
     )
     assert np.abs(moved[0][..., 8:] - plain[0][..., :-8]).mean() < 0.02 < np.abs(moved[0] - plain[0]).mean()
     assert all(np.array_equal(a, b) for a, b in zip(plain[1:], moved[1:]))
@@ -363,7 +355,7 @@ def test_both_or_neither_of_body_and_face(copied):
         assert code == 2 and "--augment N" in err
 
 
-# ---- check ------------------------------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------------------------
 
 
 def spoil(data, change):
@@ -408,7 +400,7 @@ def test_check_names_every_fault(copied, change, words):
     assert "dance_000000" in err or "x: in" in err
 
 
-# ---- training on it ---------------------------------------------------------------------------------------
+# ---- training on it ------------------------------------------------------------------------------------------------
 
 
 def trained(data, run, *extra):
@@ -435,13 +427,9 @@ def trained(data, run, *extra):
 def test_both_stages_train_on_prepared_clips(copied, tmp_path):
     assert run("add-pseudo", copied, "--augment", 1, "--device", "cpu", "--dtype", "float32")[0] == 0
     first = trained(copied, tmp_path / "stage1", "--stage", 1, "--log-every", 1)
-    second = trained(
-        copied, tmp_path / "stage2", "--stage", 2, "--teacher", tmp_path / "stage1", "--log-every", 1
-    )
+    second = trained(copied, tmp_path / "stage2", "--stage", 2, "--teacher", tmp_path / "stage1", "--log-every", 1)
     assert any("denoise" in line for line in first)
-    assert all(np.isfinite(line["s2x"]) for line in second if "s2x" in line) and any(
-        "s2x" in line for line in second
-    )
+    assert all(np.isfinite(line["s2x"]) for line in second if "s2x" in line) and any("s2x" in line for line in second)
 
 
 @pytest.mark.slow
@@ -539,9 +527,7 @@ def test_all_real_clips_killed_ten_times_or_on_two_ranks_make_the_same_folder(as
     straight = start(inputs, tmp_path / "straight", assets)
     said, _ = straight.communicate()
     assert straight.returncode == 0, said[-3000:]
-    assert all(f"skipped {name}" in said for name in ("broken", "words", "blink_000000", "sound")), said[
-        -3000:
-    ]
+    assert all(f"skipped {name}" in said for name in ("broken", "words", "blink_000000", "sound")), said[-3000:]
     took, rng = time.monotonic() - began, np.random.default_rng(0)
     for _ in range(10):
         process = start(inputs, tmp_path / "killed", assets)

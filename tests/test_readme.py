@@ -20,10 +20,7 @@ def test_first_command_runs_as_written_in_a_copy_of_the_repository(tmp_path):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "assets", tmp_path / "assets")
     setup, _, run = COMMANDS[0].rpartition("&& python ")
-    assert (
-        setup.split()
-        == "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt".split()
-    )
+    assert setup.split() == "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt".split()
     done = subprocess.run([sys.executable, *run.split()], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "ref_drive.mp4").stat().st_size > 1000 and "noise" in done.stdout
@@ -43,9 +40,7 @@ def test_every_flag_in_readme_exists(command):
     """Catches a renamed or removed option."""
     words = command.split()
     script, sub = words[1], [w for w in words[2:3] if re.fullmatch(r"[a-z][a-z-]*", w)]
-    text = subprocess.run(
-        [sys.executable, script, *sub, "--help"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
+    text = subprocess.run([sys.executable, script, *sub, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
     for flag in (w.split("=")[0] for w in words if w.startswith("-")):
         assert re.search(rf"(^|[\s,\[]){re.escape(flag)}\b", text), f"{flag} is not in {script} --help"
 

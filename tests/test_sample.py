@@ -100,13 +100,9 @@ def test_guidance_1_is_the_prompt_alone_and_batched_guidance_is_the_formula(exam
 
     cue, image = torch.zeros(1, 4, 17, 2, 2), torch.zeros(1, 16, 2, 2)
     text = torch.stack([torch.full((3, 5), 0.2), torch.full((3, 5), 0.1)])
-    _, args = sample.parse_args(
-        arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None)
-    )
+    _, args = sample.parse_args(arguments(example, "--sampler", "ddim", "--steps", 1, "--guidance", 3, masks=None))
     latents, _ = sample.denoise(args, Recorder(), "cpu", text, image, cue, cue, 13)
-    assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), (
-        "x0 = -v at step 999"
-    )
+    assert torch.allclose(latents, torch.full_like(latents, -(0.1 + 3 * (0.2 - 0.1))), atol=1e-6), "x0 = -v at step 999"
     latents, _ = sample.denoise(args, Recorder(), "cpu", text[:1], image, cue, cue, 13)
     assert torch.allclose(latents, torch.full_like(latents, -0.2), atol=1e-6)
     args.sequential = True

@@ -6,7 +6,19 @@ import random
 import pytest
 import torch
 
-from text import EOS, PAD, T5_PRESETS, TEXT_LENGTH, UNKNOWN, RMSNorm, T5Config, T5Encoder, Tokenizer, bucket, empty_prompt
+from text import (
+    EOS,
+    PAD,
+    T5_PRESETS,
+    TEXT_LENGTH,
+    UNKNOWN,
+    RMSNorm,
+    T5Config,
+    T5Encoder,
+    Tokenizer,
+    bucket,
+    empty_prompt,
+)
 
 CONFIG = T5Config(vocab=60, dim=40, num_heads=3, head_dim=16, ff_dim=56, depth=2)
 
@@ -22,13 +34,15 @@ def spiece(tmp_path_factory):
     from sentencepiece import SentencePieceTrainer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "lines.txt").write_text("a woman in a red dress dances on a terrace\nthe dancer turns and the dress follows\n" * 20)
+    (folder / "lines.txt").write_text(
+        "a woman in a red dress dances on a terrace\nthe dancer turns and the dress follows\n" * 20
+    )
     paths = dict(input=str(folder / "lines.txt"), model_prefix=str(folder / "spiece"))
     SentencePieceTrainer.train(**paths, vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
     return folder
 
 
-# ---- tokenizer -----------------------------------------------------------------------------------------------------------
+# ---- tokenizer -----------------------------------------------------------------------------------------------------
 
 
 def test_ids_are_pieces_then_the_end_mark_then_padding(spiece):
@@ -62,15 +76,58 @@ def test_empty_prompt_is_the_tokenizers_and_needs_none(spiece):
 def test_marks_written_in_a_prompt_are_marks(spiece):
     """As in transformers: "</s>" in a prompt is the end mark's id, not four unknown letters."""
     tokenizer = Tokenizer(spiece)
-    assert tokenizer.pieces("the</s>dress<pad><unk>") == [*tokenizer.pieces("the"), EOS, *tokenizer.pieces("dress"), PAD, UNKNOWN]
+    assert tokenizer.pieces("the</s>dress<pad><unk>") == [
+        *tokenizer.pieces("the"),
+        EOS,
+        *tokenizer.pieces("dress"),
+        PAD,
+        UNKNOWN,
+    ]
 
 
 def test_odd_text_gives_transformers_ids(assets):
     """300 prompts of marks, spaces, controls, accents, ligatures, CJK and emoji in random order, with CogVideoX's own tokenizer."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.T5Tokenizer.from_pretrained(assets / "weights" / "tokenizer")
-    atoms = ["</s>", "<pad>", "<unk>", "<s>", "<", " ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\ufeff", "\x00", "\u202e"]
-    atoms += ["▁", "_", "a", "dancer", "The", "é", "e\u0301", "ß", "İ", "ﬁ", "½", "…", "“", "'", ".", "123", "日本", "💃🏽", "\ufffd"]
+    atoms = [
+        "</s>",
+        "<pad>",
+        "<unk>",
+        "<s>",
+        "<",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "\ufeff",
+        "\x00",
+        "\u202e",
+    ]
+    atoms += [
+        "▁",
+        "_",
+        "a",
+        "dancer",
+        "The",
+        "é",
+        "e\u0301",
+        "ß",
+        "İ",
+        "ﬁ",
+        "½",
+        "…",
+        "“",
+        "'",
+        ".",
+        "123",
+        "日本",
+        "💃🏽",
+        "\ufffd",
+    ]
     chosen = random.Random(0)
     prompts = ["".join(chosen.choices(atoms, k=chosen.randint(0, 9))) for _ in range(300)]
     expected = theirs(prompts, padding="max_length", max_length=226, truncation=True, return_tensors="pt").input_ids
@@ -93,7 +150,7 @@ def test_a_broken_tokenizer_is_named_in_one_sentence(tmp_path):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-# ---- T5 ------------------------------------------------------------------------------------------------------------------
+# ---- T5 ------------------------------------------------------------------------------------------------------------
 
 
 def test_bucket_table_equals_the_golden_values():
@@ -111,7 +168,10 @@ def test_bucket_equals_a_loop():
             distance = abs(relative)
             b = distance
             if distance >= exact:
-                b = min(exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (half - exact) + 1e-6), half - 1)
+                b = min(
+                    exact + int(math.log(distance / exact) / math.log(max_distance / exact) * (half - exact) + 1e-6),
+                    half - 1,
+                )
             expected = b + (half if relative > 0 else 0)
             assert bucket(torch.tensor([relative]), buckets, max_distance).item() == expected
 
@@ -139,7 +199,9 @@ def test_attention_has_no_scale_and_a_bias_by_direction():
     seen = []
     block.out.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     table = t5.bias.weight
-    bias = torch.stack([torch.stack([table[bucket(torch.tensor(k - q), 32, 128)] for k in range(L)]) for q in range(L)]).permute(2, 0, 1)
+    bias = torch.stack(
+        [torch.stack([table[bucket(torch.tensor(k - q), 32, 128)] for k in range(L)]) for q in range(L)]
+    ).permute(2, 0, 1)
     block(x, bias)
     h = block.norm1(x)[0]
     q, k, v = ((h @ layer.weight.T).view(L, 3, 16) for layer in (block.q, block.k, block.v))
@@ -170,7 +232,9 @@ def test_rms_norm_equals_a_loop_and_squares_in_float32():
     for b in range(2):
         for n in range(3):
             rms = math.sqrt(sum(v * v for v in x[b, n].tolist()) / 6 + 1e-6)
-            assert norm(x)[b, n].tolist() == pytest.approx([v / rms * w for v, w in zip(x[b, n].tolist(), norm.weight.tolist())])
+            assert norm(x)[b, n].tolist() == pytest.approx(
+                [v / rms * w for v, w in zip(x[b, n].tolist(), norm.weight.tolist())]
+            )
     wide = torch.full((1, 6), 3e4, dtype=torch.float16)  # its square is past float16's range
     torch.testing.assert_close(norm.half()(wide), norm.weight[None])
 

@@ -32,7 +32,7 @@ def seed_of(name, skip=0):
     return [next(found) for _ in range(skip + 1)][-1]
 
 
-# ---- Seeds -------------------------------------------------------------------------------------------------
+# ---- Seeds ---------------------------------------------------------------------------------------------------------
 
 def test_same_seeds_give_the_same_bytes_in_any_order():
     """A hidden generator or cache would make a clip depend on what was drawn before it"""
@@ -86,7 +86,7 @@ def test_identity_changes_proportions_but_no_angle():
     np.testing.assert_allclose(lengths, lengths[:1].repeat(20, 0), rtol=1e-9)
 
 
-# ---- Drawing -----------------------------------------------------------------------------------------------
+# ---- Drawing -------------------------------------------------------------------------------------------------------
 
 def cast(ends, radii, flat, axes, at, clip=(0, 0, 0, 1)):
     """One cone on one bone -> depth and label (60,60)"""
@@ -237,7 +237,7 @@ def test_a_size_off_the_grid_names_the_nearest_legal_one():
         toy.render(0, 0, size=(100, 85))
 
 
-# ---- Variety and looks -------------------------------------------------------------------------------------
+# ---- Variety and looks ---------------------------------------------------------------------------------------------
 
 def test_palettes_of_64_identities_are_pairwise_distinct():
     """An identity metric by clothing colours needs clothes that differ: some garment by 24 of 255 levels"""
@@ -335,7 +335,7 @@ def test_video_has_no_jumps():
         assert steps.max() < 3 * np.median(steps)
 
 
-# ---- Dials -------------------------------------------------------------------------------------------------
+# ---- Dials ---------------------------------------------------------------------------------------------------------
 
 def test_degrade_dials_start_at_nothing_and_do_what_they_say():
     """A.6: darkness with noise, lost resolution; strength 0 must be the clip, or curves have no origin"""

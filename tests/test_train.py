@@ -35,13 +35,9 @@ def folder(tmp_path_factory):
     lines = []
     for n in range(8):
         rng = np.random.default_rng(n)
-        z = lambda *shape: torch.from_numpy(
-            rng.standard_normal((*shape, 16, 6, 4)).astype(np.float32)
-        ).bfloat16()  # noqa: E731,B023
+        z = lambda *shape: torch.from_numpy(rng.standard_normal((*shape, 16, 6, 4)).astype(np.float32)).bfloat16()  # noqa: E731,B023
         bits = lambda: torch.from_numpy(rng.integers(0, 256, (33, 48, 4), dtype=np.uint8))  # noqa: E731,B023
-        tensors = dict(
-            mean=z(9), logvar=z(9) - 4, pose=z(2, 9), face=z(2, 9), pseudo_pose=z(2, 9), pseudo_face=z(2, 9)
-        )
+        tensors = dict(mean=z(9), logvar=z(9) - 4, pose=z(2, 9), face=z(2, 9), pseudo_pose=z(2, 9), pseudo_face=z(2, 9))
         tensors |= dict(
             body=bits(), face_mask=bits(), ref_frame=torch.tensor([2, 17, 30]), ref_clean=z(3), ref_noisy=z(3)
         )
@@ -107,7 +103,7 @@ def teacher(folder, tmp_path_factory):
     return run_training(folder, run, "--steps", 3)
 
 
-# ---- Eq. 4 ---------------------------------------------------------------------------------------------------------------
+# ---- Eq. 4 ---------------------------------------------------------------------------------------------------------
 
 
 def test_eq4_same2x_loss_equals_the_loop_oracle():
@@ -142,15 +138,11 @@ def test_teacher_sees_the_same_noisy_latents_step_text_and_reference_but_its_own
     assert batch["pose"].shape == batch["teacher_pose"].shape == (8, 6, 17, 6, 4)
     assert torch.equal(batch["pose"][:, :, 16], batch["teacher_pose"][:, :, 16])
     kept = batch["pose"].flatten(1).any(1)
-    assert kept.any() and not torch.equal(
-        batch["pose"][kept][:, 1:, :16], batch["teacher_pose"][kept][:, 1:, :16]
-    )
-    assert torch.equal(batch["pose"][:, 0], batch["teacher_pose"][:, 0]), (
-        "slot 0 is the reference's own for both"
-    )
+    assert kept.any() and not torch.equal(batch["pose"][kept][:, 1:, :16], batch["teacher_pose"][kept][:, 1:, :16])
+    assert torch.equal(batch["pose"][:, 0], batch["teacher_pose"][:, 0]), "slot 0 is the reference's own for both"
 
 
-# ---- resume, ranks -------------------------------------------------------------------------------------------------------
+# ---- resume, ranks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", ["1", "2"])
@@ -269,7 +261,7 @@ def test_a_decoder_is_trained_alone_and_the_encoder_stays(tmp_path, monkeypatch)
     assert changed and all(name.startswith("decoder.") for name in changed)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def test_teacher_may_be_a_run_a_safetensors_or_a_pt_file(folder, teacher, tmp_path):
@@ -306,9 +298,7 @@ def test_only_the_first_blocks_of_a_teacher_are_read(teacher, monkeypatch):
         torch.randn(1, 3, 32),
         torch.tensor([7]),
     )
-    assert torch.equal(
-        short.features(x, step, text, cue, cue, 1), whole_model(x, step, text, cue, cue, tap=1)[1]
-    )
+    assert torch.equal(short.features(x, step, text, cue, cue, 1), whole_model(x, step, text, cue, cue, tap=1)[1])
 
 
 def test_export_writes_the_averaged_weights_in_bfloat16(folder, teacher, tmp_path):
@@ -338,9 +328,7 @@ def test_strips_and_plots_are_written_while_it_runs(folder, tmp_path):
         tmp_path / "vae.safetensors",
     )
     strips = [read_image(run / f"samples-{step:07d}.png") for step in (2, 4)]
-    assert all(strip.shape == (4 * 48, 32 + 3 * 3 * 32, 3) for strip in strips) and not np.array_equal(
-        *strips
-    )
+    assert all(strip.shape == (4 * 48, 32 + 3 * 3 * 32, 3) for strip in strips) and not np.array_equal(*strips)
     assert read_image(run / "loss.png").std() > 10
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "held_out" in line] == [2, 4]
@@ -350,9 +338,7 @@ def test_strips_and_plots_are_written_while_it_runs(folder, tmp_path):
 def test_a_resumed_log_has_every_step_once(folder, tmp_path):
     run = run_training(folder, tmp_path / "run", "--steps", 4, "--log-every", 1, "--save-every", 2)
     with open(run / "log.jsonl", "a") as file:
-        file.write(
-            '{"step": 5, "denoise": 1.0}\n{"step": 6, "den'
-        )  # beyond the checkpoint, and cut by a kill
+        file.write('{"step": 5, "denoise": 1.0}\n{"step": 6, "den')  # beyond the checkpoint, and cut by a kill
     run_training(folder, run, "--steps", 6, "--log-every", 1, "--resume")
     steps = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
@@ -377,9 +363,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(fold
 def kill_at(folder, run, seconds, *extra):
     """Start a training and kill -9 it after so many seconds, or let it finish; its exit code."""
     command = [sys.executable, "train.py", *arguments(folder, run, *extra)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         _, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -393,15 +377,11 @@ def kill_at(folder, run, seconds, *extra):
 @pytest.mark.slow
 def test_kill_9_at_20_random_moments_always_leaves_a_whole_checkpoint(folder, tmp_path):
     """Saving at every step, so that most kills fall into a save; each time --resume goes on, and the end is the straight run's."""
-    straight = run_training(
-        folder, tmp_path / "straight", "--steps", 4000, "--save-every", 4000, "--log-every", 1000
-    )
+    straight = run_training(folder, tmp_path / "straight", "--steps", 4000, "--save-every", 4000, "--log-every", 1000)
     rng, run, last = np.random.default_rng(0), tmp_path / "run", -1
     extra = ["--steps", 4000, "--save-every", 1, "--log-every", 1000, "--resume"]
     for _ in range(20):
-        assert kill_at(folder, run, 5 + 2 * rng.random(), *extra) == -9, (
-            "faster than the test expects: raise --steps"
-        )
+        assert kill_at(folder, run, 5 + 2 * rng.random(), *extra) == -9, "faster than the test expects: raise --steps"
         for path in checkpoints(run):
             step = load_weights(path / "model.safetensors")[1]["step"]
             assert path.name == f"step-{step:07d}"
@@ -414,17 +394,13 @@ def test_kill_9_at_20_random_moments_always_leaves_a_whole_checkpoint(folder, tm
 
 def workers_of(launcher: int) -> list[int]:
     """Process ids of the ranks that a torchrun has started."""
-    found = subprocess.run(
-        ["pgrep", "-P", str(launcher), "-f", "train.py"], capture_output=True, text=True
-    ).stdout
+    found = subprocess.run(["pgrep", "-P", str(launcher), "-f", "train.py"], capture_output=True, text=True).stdout
     return [int(pid) for pid in found.split()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
-def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothing_had_happened(
-    folder, tmp_path, shard
-):
+def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothing_had_happened(folder, tmp_path, shard):
     """One of two ranks killed at random; the job finds its run folder by itself. Bit for bit the undisturbed run."""
     rng, steps = np.random.default_rng(0), 3000
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "20"]
@@ -449,7 +425,7 @@ def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothin
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-# ---- data faults and buckets ----------------------------------------------------------------------------------------------
+# ---- data faults and buckets ---------------------------------------------------------------------------------------
 
 
 def test_damaged_clips_are_named_counted_and_replaced(folder, tmp_path, capsys):
@@ -512,7 +488,7 @@ def test_a_step_sees_one_bucket_and_an_epoch_every_clip(folder, tmp_path):
         assert sorted(seen) == ["0", "1", "2", "3", "4", "5"]
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------------------------
 
 
 def mistake(*args, **kwargs) -> str:
@@ -531,6 +507,4 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "dim" in mistake(folder, tmp_path / "r", "--teacher", other, stage="2")
     run_training(folder, tmp_path / "s2", "--teacher", teacher, "--steps", 1, stage="2")
     assert "stage-1" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "s2", stage="2")
-    assert "finite" in mistake(
-        folder, tmp_path / "r", "--lr", 1e30, "--steps", 8, "--clip", 1e30, "--warmup", 0
-    )
+    assert "finite" in mistake(folder, tmp_path / "r", "--lr", 1e30, "--steps", 8, "--clip", 1e30, "--warmup", 0)

@@ -50,7 +50,7 @@ def causal_convolutions(net) -> set:
     return {m for m in net.modules() if isinstance(m, CausalConv3d)}
 
 
-# ---- causality -----------------------------------------------------------------------------------------------------------
+# ---- causality -----------------------------------------------------------------------------------------------------
 
 
 def test_causal_convolution_never_looks_ahead_and_chunks_equal_the_whole():
@@ -108,7 +108,7 @@ def test_the_end_of_a_chunk_reaches_the_next(vae):
         assert (vae.encode(changed)[0][:, 3:] - mean[:, 3:]).abs().max() > 1e-4
 
 
-# ---- streams -------------------------------------------------------------------------------------------------------------
+# ---- streams -------------------------------------------------------------------------------------------------------
 
 
 class Memory(TorchDispatchMode):
@@ -226,7 +226,7 @@ def test_caches_hold_two_frames_per_causal_convolution_and_nothing_else(vae, par
     assert len(set(sizes)) == 1
 
 
-# ---- tiles ---------------------------------------------------------------------------------------------------------------
+# ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -259,14 +259,18 @@ def test_pictures_up_to_one_tile_are_untouched_by_tiling(vae, small_tiles):
     vae.tile(False)
     assert all(torch.equal(a, b) for a, b in zip(plain, tiled))
     first = latents[:, :3].transpose(1, 2).contiguous(memory_format=CHANNELS_LAST)
-    assert torch.equal(Tiles(vae.decoder, 10, 9, True, 1, 8)(first), vae.decoder(first, {}))  # not multiplied and divided by weights
+    assert torch.equal(
+        Tiles(vae.decoder, 10, 9, True, 1, 8)(first), vae.decoder(first, {})
+    )  # not multiplied and divided by weights
 
 
 def smooth(frames, channels, height, width, cell):
     """(2, frames, channels, height, width) with structure as large as `cell`, and a slope from left to right: tiles differ in their
     statistics, which is hard for GroupNorm."""
     noise = torch.randn(2 * frames, channels, height // cell + 2, width // cell + 2)
-    return F.interpolate(noise, size=(height, width), mode="bicubic").unflatten(0, (2, frames)) + torch.linspace(-1, 1, width)
+    return F.interpolate(noise, size=(height, width), mode="bicubic").unflatten(0, (2, frames)) + torch.linspace(
+        -1, 1, width
+    )
 
 
 def tiled_and_plain(vae, run):
@@ -333,7 +337,9 @@ def test_tiles_stream_too(vae, small_tiles):
     assert torch.equal(mean, vae.encode(video)[0]) and mean.shape == (2, 5, 16, 13, 11)
     tiles = Tiles(vae.decoder, 13, 11, True, 1, 8)
     tiles(latents[:, :3].transpose(1, 2))
-    assert len(tiles.caches) == 4 and all(set(cache) == causal_convolutions(vae.decoder) for cache in tiles.caches.values())
+    assert len(tiles.caches) == 4 and all(
+        set(cache) == causal_convolutions(vae.decoder) for cache in tiles.caches.values()
+    )
     assert torch.equal(torch.stack(list(vae.decode_stream(latents)), 1), vae.decode(latents))
     vae.tile(False)
     corner = vae.decode(latents[..., :10, :10])  # a corner pixel is in one tile only, in every chunk
@@ -342,17 +348,21 @@ def test_tiles_stream_too(vae, small_tiles):
     vae.tile(False)
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "frames, nearest", [(0, "1 or 9"), (2, "1 or 9"), (8, "1 or 9"), (10, "9 or 17"), (16, "9 or 17"), (18, "17 or 25"), (50, "49 or 57")]
+    "frames, nearest",
+    [(0, "1 or 9"), (2, "1 or 9"), (8, "1 or 9"), (10, "9 or 17"), (16, "9 or 17"), (18, "17 or 25"), (50, "49 or 57")],
 )
 def test_frame_counts_other_than_8k_plus_1_are_refused(vae, frames, nearest):
     """Padded or cut in silence, sound and picture would part. `encode` refuses at once, a stream when it learns the count: at its end."""
     video, runs = torch.zeros(1, frames, 3, 8, 16), []
     hook = vae.encoder.register_forward_hook(lambda *_: runs.append(1))
-    for run, at_most in ((lambda: vae.encode(video), 0), (lambda: list(vae.encode_stream(iter(video.unbind(1)))), frames // 8)):
+    for run, at_most in (
+        (lambda: vae.encode(video), 0),
+        (lambda: list(vae.encode_stream(iter(video.unbind(1)))), frames // 8),
+    ):
         with pytest.raises(ValueError, match=f"^{frames} frames: .* 8k\\+1, for example {nearest}$"):
             run()
         assert len(runs) <= at_most
@@ -372,7 +382,7 @@ def test_sizes_that_are_no_multiple_of_8_are_refused(vae, height, width, nearest
         vae.encode(torch.zeros(1, 1, 3, height, width))
 
 
-# ---- precision, layout, gradients ----------------------------------------------------------------------------------------
+# ---- precision, layout, gradients ----------------------------------------------------------------------------------
 
 
 def test_bf16_is_close_to_fp32(vae):
@@ -393,7 +403,9 @@ def test_weights_are_channels_last_also_after_assignment():
     vae = CausalVAE(CONFIG)
     kernels = [p for p in vae.parameters() if p.ndim >= 4]
     assert all(is_channels_last(p) for p in kernels)
-    vae.load_state_dict({name: p.clone(memory_format=torch.contiguous_format) for name, p in vae.state_dict().items()}, assign=True)
+    vae.load_state_dict(
+        {name: p.clone(memory_format=torch.contiguous_format) for name, p in vae.state_dict().items()}, assign=True
+    )
     assert not all(is_channels_last(p) for p in vae.parameters() if p.ndim >= 4)
     vae.channels_last()
     assert all(is_channels_last(p) for p in vae.parameters() if p.ndim >= 4)
@@ -422,7 +434,9 @@ def test_every_convolution_reads_channels_last_memory_in_every_chunk():
     with ConvolutionInputs() as inputs:
         vae.encode(a_video(17, batch=1))
         vae.decode(torch.randn(1, 5, 16, 5, 3))
-    assert len(inputs.seen) == 2 * (len(causal_convolutions(vae)) + 6)  # two chunks; three 2-D convolutions down, three up
+    assert len(inputs.seen) == 2 * (
+        len(causal_convolutions(vae)) + 6
+    )  # two chunks; three 2-D convolutions down, three up
     assert all(is_channels_last(x) for x in inputs.seen)
 
 
@@ -441,7 +455,9 @@ def test_spatial_norm_in_place_equals_the_formula_and_its_gradients(t, T):
     norm = Norm(12, replace(CONFIG, latent_channels=6), decoder=True).double()
     for p in norm.parameters():
         p.data.normal_()
-    args = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 12, T, 4, 6), (2, 6, t, 2, 3))]
+    args = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 12, T, 4, 6), (2, 6, t, 2, 3))
+    ]
 
     def formula(x, z):
         z = resized(z, x.shape[2:])
@@ -481,7 +497,10 @@ def test_golden_parameter_count():
     """CogVideoX's VAE: 92,215,456 in the encoder, 123,368,451 in the decoder (fact sheet 2.1)."""
     with torch.device("meta"):
         vae = CausalVAE(VAE_PRESETS["cogvideox1.5"])
-    assert [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)] == [92_215_456, 123_368_451]
+    assert [sum(p.numel() for p in part.parameters()) for part in (vae.encoder, vae.decoder)] == [
+        92_215_456,
+        123_368_451,
+    ]
 
 
 def test_whitened_latents_have_mean_0_and_deviation_1_and_decode_to_the_same_pictures():

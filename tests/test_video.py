@@ -25,7 +25,7 @@ CLIPS = sorted((ASSETS / "video").glob("*.mp4"))
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (200, 150, 120), (30, 60, 90)]
 
 
-# ---- Files to read ----
+# ---- Files to read -------------------------------------------------------------------------------------------------
 
 def flat(colour, height=48, width=64):
     return np.full((height, width, 3), colour, np.uint8)
@@ -127,7 +127,7 @@ def one_sentence(error, *parts):
     assert "\n" not in text and all(str(part) in text for part in parts), text
 
 
-# ---- Sizes ----
+# ---- Sizes ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("height, width, expected", [
     (720, 1080, (416, 624)), (512, 512, (512, 512)), (1920, 1080, (688, 384)), (10, 4000, (32, 10240)),
@@ -206,7 +206,7 @@ def test_cover_fills_all_keeps_the_aspect_and_the_centre(height, width):
     assert np.ptp(x) == pytest.approx(np.ptp(y), abs=2)
 
 
-# ---- Reading video ----
+# ---- Reading video -------------------------------------------------------------------------------------------------
 
 def test_video_yields_every_frame_once_in_display_order_each_time_it_is_iterated(tmp_path):
     """Catches decode order (B-frames), frames lost in the decoder at the end, and one-shot generators."""
@@ -388,7 +388,7 @@ def test_names_with_a_colon_and_metadata_in_latin_1_open(tmp_path, monkeypatch):
     assert Video("a:b.mkv").frames == 1
 
 
-# ---- Folders ----
+# ---- Folders -------------------------------------------------------------------------------------------------------
 
 def test_a_folder_streams_its_pictures_in_natural_order(tmp_path):
     """Catches 10 before 2, and stray files taken for frames."""
@@ -411,7 +411,7 @@ def test_a_folder_of_two_sizes_is_refused_at_the_odd_frame(tmp_path):
     one_sentence(error, "2.png", "64x32", "64x48")
 
 
-# ---- Mistakes and faults ----
+# ---- Mistakes and faults -------------------------------------------------------------------------------------------
 
 def test_what_is_not_a_video_is_refused_in_one_sentence(tmp_path):
     """Catches tracebacks, and texts that name neither the file nor what to give."""
@@ -501,7 +501,7 @@ def test_ffmpeg_writes_nothing_to_stderr(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# ---- Pictures ----
+# ---- Pictures ------------------------------------------------------------------------------------------------------
 
 def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -588,7 +588,7 @@ def test_written_pictures_read_back_and_png_says_ai_generated(tmp_path):
     assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - corners()).mean() < 4
 
 
-# ---- Writing video ----
+# ---- Writing video -------------------------------------------------------------------------------------------------
 
 def test_written_colours_come_back_and_are_tagged_bt709(tmp_path):
     """Catches BT.601 pixels under BT.709 tags: green skin in every player."""
