@@ -289,7 +289,7 @@ def jumps(field, axis, borders):
 
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_tiling_leaves_no_visible_seam(vae, small_tiles, monkeypatch, part):
-    """Tiles differ from the untiled result, but smoothly: at their borders the difference jumps less than a tenth (latents, whose
+    """Tiles differ from the untiled result, but smoothly: at their borders the difference jumps less than an eighth (latents, whose
     overlap has few steps: a third) of what unblended tiles do, and less than the picture itself. Two chunks, both axes, 13 x 22 latents."""
     if part == "encode":
         video = smooth(17, 3, 104, 176, 24)
@@ -309,7 +309,7 @@ def test_tiling_leaves_no_visible_seam(vae, small_tiles, monkeypatch, part):
         raw_seam, _ = jumps(unblended - plain, axis, borders)
         _, picture = jumps(plain, axis, borders)
         print(f"{part} axis {axis}: seam {seam:.1e}, unblended {raw_seam:.1e}, the picture's steps {picture:.1e}")
-        assert seam < raw_seam / (3 if part == "encode" else 10)
+        assert seam < raw_seam / (3 if part == "encode" else 8)
         assert seam < picture
 
 
