@@ -403,7 +403,15 @@ def workers_of(launcher: int) -> list[int]:
 def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothing_had_happened(folder, tmp_path, shard):
     """One of two ranks killed at random; the job finds its run folder by itself. Bit for bit the undisturbed run."""
     rng, steps = np.random.default_rng(0), 3000
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max-restarts", "20"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--max-restarts",
+        "60",
+    ]  # a kill at start-up may cost two
     launch += ["--monitor-interval", "0.2", "--master_port", str(29900 + os.getpid() % 90)]
     common = ["--steps", steps, "--shard", shard, "--log-every", 500]
     quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
