@@ -69,6 +69,11 @@ def to_tensor(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).movedim(-1, -3).float() / 127.5 - 1
 
 
+def to_picture(video: Tensor) -> np.ndarray:
+    """The way back: (..., 3, H, W), clamped to [-1, 1] -> (..., H, W, 3) uint8."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
+
+
 def padded(frames: Iterable) -> Iterator:
     """The frames, then the last ones mirrored until there are 8k+1 in all: 1, 2, 3, 4 -> 1, 2, 3, 4, 3, 2, 1, 2, 3."""
     recent, n = deque(maxlen=9), 0
@@ -288,6 +293,13 @@ def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
     os.replace(part, path)
 
 
+def write_text(path: Path, text: str) -> None:
+    """The same for text."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    os.replace(part, path)
+
+
 HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
 
 
@@ -322,9 +334,7 @@ def make_toy(args) -> None:
     line = {"frames": TOY_FRAMES, "fps": toy.FPS, "height": TOY_SIZE, "width": TOY_SIZE, "pseudo": ["drawn"]}
     split = lambda n: "test" if n >= HELD_OUT else "train"  # noqa: E731
     lines = [json.dumps({"id": f"{n:06d}", "split": split(n)} | line) for n in numbers]
-    part = args.output / ".clips.jsonl"
-    part.write_text("".join(line + "\n" for line in lines))
-    part.replace(args.output / "clips.jsonl")
+    write_text(args.output / "clips.jsonl", "".join(line + "\n" for line in lines))
 
 
 def make_example(args) -> None:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from cues import brief, read_mask, to_canvas
+from cues import brief, load_insightface, read_mask, to_canvas
 from video import PICTURES, Video, check_output, read_image, resize
 
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
@@ -233,15 +233,9 @@ def load_face(model: str | None) -> Callable:
     K = 68 if the pack has a 68-point model, else the detector's 5; all 0 where no face is. Faces that fill
     the frame are looked for once more with a margin, since detectors miss them.
     """
-    import onnxruntime
-    from insightface.app import FaceAnalysis
-
-    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    name = str(Path(model).resolve()) if model and Path(model).is_dir() else model or "buffalo_l"
+    name = model or "buffalo_l"
     try:
-        app = FaceAnalysis(name, allowed_modules=["detection", "recognition", "landmark_3d_68"],
-                           providers=["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"])  # fmt: skip
-        app.prepare(ctx_id=0 if cuda else -1, det_thresh=0.5, det_size=(640, 640))
+        app = load_insightface(Path(name), "detection", "recognition", "landmark_3d_68")
         dense = (app.models["recognition"], "landmark_3d_68" in app.models)[1]
     except Exception as error:  # noqa: BLE001  insightface asserts, onnxruntime has its own
         kind = ValueError if model else OSError

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 import cues
 from align import centre, warp
-from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, save_cache, toy_text
+from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, save_cache, toy_text, write_text
 from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
@@ -60,12 +60,6 @@ def shard() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{shard()[0]}")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def assemble(folder: Path) -> tuple[list[dict], list[dict], list[dict]]:
     """clips.jsonl, skipped.jsonl and pseudo.jsonl from the clips' own files -> their lines.
 
@@ -80,7 +74,7 @@ def assemble(folder: Path) -> tuple[list[dict], list[dict], list[dict]]:
         verdicts = [line for file in found[1] for line in file["verdicts"]]
         for name, lines in (("clips", clips), ("skipped", skipped), ("pseudo", verdicts)):
             if lines or name == "clips":
-                write(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+                write_text(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return clips, skipped, verdicts
 
 
@@ -280,7 +274,7 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
         tqdm.write(f"skipped {id}: {reason}", file=sys.stderr)
         home = args.output / "cues" / id
         home.mkdir(parents=True, exist_ok=True)
-        write(home / "clip.json", json.dumps({"id": id, "video": str(source), "skipped": reason}) + "\n")
+        write_text(home / "clip.json", json.dumps({"id": id, "video": str(source), "skipped": reason}) + "\n")
 
     stream = read_pieces(args, name, source)
     done = lambda id: (args.output / "cues" / id / "clip.json").exists()
@@ -315,7 +309,7 @@ def remember(path: Path, args) -> None:
         if before[name] != settings[name]:
             had, flag = before[name], "--" + name.replace("_", "-")
             raise ValueError(f"{path.parent} has {flag} {had}, not {settings[name]}: take another -o")
-    write(path, json.dumps(settings) + "\n")
+    write_text(path, json.dumps(settings) + "\n")
 
 
 def prepare(args) -> None:
@@ -490,9 +484,9 @@ def pseudo_clip(args, line: dict, files: dict[str, list[Path]], vae, variants: i
     if pairs:
         tensors |= pseudo_latents(vae, pairs, key, variants)
     save_cache(tensors, cache)
-    write(home / "clip.json", json.dumps(line | {"pseudo": names}) + "\n")
+    write_text(home / "clip.json", json.dumps(line | {"pseudo": names}) + "\n")
     verdicts = [{"clip": line["id"]} | verdict for verdict in verdicts]
-    write(home / "pseudo.json", json.dumps({"tried": tried, "verdicts": verdicts}) + "\n")
+    write_text(home / "pseudo.json", json.dumps({"tried": tried, "verdicts": verdicts}) + "\n")
 
 
 def add_pseudo(args) -> None:

@@ -103,7 +103,7 @@ from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import cues  # noqa: E402
-from data import encode_cues, encode_image, image_condition, padded, save_cache, to_tensor, toy_text  # noqa: E402
+from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
     load_text_encoder,
@@ -307,7 +307,7 @@ def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
     with torch.inference_mode():
         stream = vae.decode_stream((latents / vae.config.scaling_factor).to(device))
         for frame, _ in zip(stream, tqdm(range(frames), desc="decode", unit="frame")):
-            yield ((frame[0].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            yield to_picture(frame[0])
 
 
 def driving_rows(args, source: Video, track, reference, find, options):
