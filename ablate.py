@@ -33,7 +33,17 @@ from tqdm import tqdm
 import cues
 import data
 import toy
-from data import ASSETS, TOY_SIZE, encode_cues, encode_image, image_condition, to_tensor, toy_text
+from data import (
+    ASSETS,
+    TOY_SIZE,
+    encode_cues,
+    encode_image,
+    image_condition,
+    to_picture,
+    to_tensor,
+    toy_text,
+    write_text,
+)
 from diffusion import Schedule, dpm_solver
 from evaluate import masked_l1, masked_psnr
 from load_cogvideox import load_weights, pick_device
@@ -167,7 +177,7 @@ def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int)
 
     latents = dpm_solver(velocity, draw(), Schedule(), args.steps, noise=draw)[:, 1:]
     video = torch.cat([vae.decode(z[None]).float() for z in latents / vae.config.scaling_factor])
-    return list(((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).numpy())
+    return list(to_picture(video))
 
 
 def score(args) -> dict:
@@ -206,9 +216,7 @@ def score(args) -> dict:
         write_image(args.sheet, np.concatenate(sheet[: args.rows]), comment="AI-generated: drawn figures")
         print(f"wrote {args.sheet}")
     if args.output:
-        part = args.output.with_name(f".{args.output.name}")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, args.output)
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -239,21 +247,22 @@ def table(answers: dict[str, dict]) -> str:
 class Row(NamedTuple):
     table: str  # of the paper
     what: str
-    data: tuple = ()  # flags of data.py toy and of score
+    looks: tuple = ()  # flags of data.py toy and of score
+    data: tuple = ()  # flags of data.py toy alone
     both: tuple = ()  # flags of both stages
     second: tuple = ()  # flags of stage 2 alone
-    judge: tuple = ()  # further flags of score
+    judge: tuple = ()  # flags of score alone
 
 
 ROWS = {
     "full": Row("", "DirectAnimator"),
     "S1": Row("3", "without Face Cue", both=("--face", "none"), judge=("--face", "none")),
-    "S2": Row("3", "Face Cue not enlarged and centred", data=("--face-cue", "inplace")),
-    "S3": Row("3", "Pose Cue in colour", data=("--pose-cue", "rgb")),
-    "S4": Row("3", "Pose Cue gray, no low-pass", data=("--pose-cue", "gray")),
-    "S5": Row("3", "skeleton, exact joints", data=("--pose-cue", "skeleton")),
-    "S5-2px": Row("3", "skeleton, 2 px error", data=("--pose-cue", "skeleton", "--joint-noise", "2")),
-    "S5-4px": Row("3", "skeleton, 4 px error", data=("--pose-cue", "skeleton", "--joint-noise", "4")),
+    "S2": Row("3", "Face Cue not enlarged and centred", looks=("--face-cue", "inplace")),
+    "S3": Row("3", "Pose Cue in colour", looks=("--pose-cue", "rgb")),
+    "S4": Row("3", "Pose Cue gray, no low-pass", looks=("--pose-cue", "gray")),
+    "S5": Row("3", "skeleton, exact joints", looks=("--pose-cue", "skeleton")),
+    "S5-2px": Row("3", "skeleton, 2 px error", looks=("--pose-cue", "skeleton", "--joint-noise", "2")),
+    "S5-4px": Row("3", "skeleton, 4 px error", looks=("--pose-cue", "skeleton", "--joint-noise", "4")),
     "S6": Row("3", "without Location Cue", both=("--location", "none"), judge=("--location", "none")),
     "S7": Row("3", "Location Cue, hard mask", both=("--location", "hard"), judge=("--location", "hard")),
     "S8": Row("3", "without Same2X, from the teacher", second=("--lambda", "0")),
@@ -274,78 +283,28 @@ def slug(*flags: str) -> str:
 
 
 class Pieces:
-    """What `run` has to do for some rows and seeds: commands by the folder or file that each makes, in order, shared ones once."""
+    """What `run` has to do for some rows and seeds: data, stage 1, stage 2, scores; each a command by what it makes."""
 
+    # fmt: off
     def __init__(self, args):
-        self.stages: tuple[dict, dict, dict, dict] = (
-            {},
-            {},
-            {},
-            {},
-        )  # data, stage 1, stage 2, score: target -> command
-        python, work = [sys.executable], args.work
+        self.stages: tuple[dict, dict, dict, dict] = {}, {}, {}, {}
+        python, work = sys.executable, args.work
         steps = ["--save-every", "500", "--eval-every", str(args.eval_every), "--device", "cpu", "--resume"]
-        for name in args.rows:
-            row = ROWS[name]
-            folder = work / f"data-{slug(*row.data)}"
+        for name, row in ((name, ROWS[name]) for name in args.rows):
+            folder = work / f"data-{slug(*row.looks, *row.data)}"
             self.stages[0][folder / "clips.jsonl"] = [
-                *python,
-                "data.py",
-                "toy",
-                "-o",
-                folder,
-                "--clips",
-                args.clips,
-                *row.data,
-            ]
+                python, "data.py", "toy", "-o", folder, "--clips", args.clips, *row.looks, *row.data]
             for seed in range(args.seeds):
-                first = work / f"stage1-{slug(*row.data, *row.both)}-{seed}"
+                first = work / f"stage1-{slug(*row.looks, *row.data, *row.both)}-{seed}"
                 second, result = work / f"stage2-{name}-{seed}", args.results / f"{name}-{seed}.json"
-                common = [
-                    *python,
-                    "train.py",
-                    "--preset",
-                    "toy",
-                    "--data",
-                    folder,
-                    "--seed",
-                    seed,
-                    *steps,
-                    *row.both,
-                ]
+                common = [python, "train.py", "--preset", "toy", "--data", folder, "--seed", seed, *steps, *row.both]
                 self.stages[1][first / f"step-{args.steps[0]:07d}"] = [
-                    *common,
-                    "--stage",
-                    "1",
-                    "-o",
-                    first,
-                    "--steps",
-                    args.steps[0],
-                ]
+                    *common, "--stage", "1", "-o", first, "--steps", args.steps[0]]
                 self.stages[2][second / f"step-{args.steps[1]:07d}"] = [
-                    *common,
-                    "--stage",
-                    "2",
-                    "-o",
-                    second,
-                    "--steps",
-                    args.steps[1],
-                    "--teacher",
-                    first,
-                    *row.second,
-                ]
+                    *common, "--stage", "2", "-o", second, "--steps", args.steps[1], "--teacher", first, *row.second]
                 self.stages[3][result] = [
-                    *python,
-                    "ablate.py",
-                    "score",
-                    second,
-                    "--seeds",
-                    "1",
-                    "-o",
-                    result,
-                    *row.data,
-                    *row.judge,
-                ]
+                    python, "ablate.py", "score", second, "--seeds", "1", "-o", result, *row.looks, *row.judge]
+    # fmt: on
 
     def missing(self) -> int:
         return sum(not target.exists() for stage in self.stages for target in stage)
@@ -361,6 +320,8 @@ def run(args) -> None:
         args.steps, args.seeds, args.clips, args.eval_every = (20, 20), 1, 16, 10
     args.work, args.results = args.work.resolve(), args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
+    for name in args.rows:
+        print(f"{name}: {ROWS[name].what}" + f" (Table {ROWS[name].table})" * ROWS[name].table.isdigit())
     pieces = Pieces(args)
     trainings = sum(not target.exists() for stage in pieces.stages[1:3] for target in stage)
     hours = trainings * sum(args.steps) / 2 * 0.4 / args.jobs / 3600
@@ -404,7 +365,6 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")
     add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
-    add("--pseudo-faults", type=float, default=0.0, help="of the training data; changes nothing here")
     add("--sheet", type=Path, metavar="PNG", help="draw reference, driver, output and truth of the first pairs")
     add("--rows", type=int, default=6, help="pairs on the sheet")
     add("-o", "--output", type=Path, metavar="JSON", help="write the numbers")

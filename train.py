@@ -347,12 +347,10 @@ def sample_strip(args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dt
     output = ddim(velocity, batch["noise"], Schedule(), steps)
     vae = load_strip_vae(args).to(ranks.device)
 
-    def pictures(
-        latents: Tensor,
-    ) -> np.ndarray:  # (count, f, 16, h, w) -> first, middle and last frame side by side
-        video = vae.decode(latents[:, :, :16].float() / vae.config.scaling_factor).float()
-        video = video[:, [0, video.shape[1] // 2, -1]].clamp(-1, 1)
-        return ((video + 1) * 127.5).byte().permute(0, 3, 1, 4, 2).flatten(2, 3).cpu().numpy()
+    def pictures(latents: Tensor) -> np.ndarray:
+        """(count, f, 16, h, w) -> the first, middle and last frame side by side, (count, H, 3 W, 3) uint8."""
+        video = data.to_picture(vae.decode(latents[:, :, :16].float() / vae.config.scaling_factor))
+        return np.concatenate([video[:, 0], video[:, video.shape[1] // 2], video[:, -1]], axis=2)
 
     columns = [pictures(z[:, 1:]) for z in (pose, output, batch["latents"]) if z is not None]
     reference = pictures(batch["latents"][:, :1])[:, :, : columns[0].shape[2] // 3]
