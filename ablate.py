@@ -1,17 +1,13 @@
-"""The paper's ablations in the drawn world: train as a row of a table says, measure against the truth.
+"""The paper's ablations in the drawn world: train as a row of a table says, judge against the truth, fill the ledger.
 
-    python ablate.py score runs/toy-stage2 --sheet sheet.png      # one model
-    python ablate.py run full S1 S8 --seeds 3                     # rows: data, stage 1, stage 2, results/ROW-SEED.json
+    python ablate.py run                      # all rows, 3 seeds: data, stage 1, stage 2, results/ROW-SEED.json
+    python ablate.py run full S1 --seeds 1    # some of them; what is finished is not done again
+    python ablate.py table                    # results/*.json -> the ledger in README.md, results/*.png
 
-A pair is a person A, a motion, and another person B who performs it. The model gets one picture of A (another moment
-of the clip), Pose and Face Cue of B, and the Location Cue of A's own clip, as the paper evaluates (pose and face from
-pseudo drivers, place from the clip). Truth is A performing the motion: a drawn world has it, real data never do.
-
-    masked L1, masked PSNR   over A's silhouette, two pixels wider
-    joint error              how far, in pixels, what surrounds a visible joint has to be moved to fit best: see `locate`
-    identity                 is the nearest of 16 people by the colours of the silhouette A? One of the 16 is B
-
-The trivial answers they are compared with: A's picture standing still, and the driver's own frames.
+A row differs from `full` in the flags that it names and in nothing else. Seed k of every row has the same fresh layers,
+clips, noise and steps as seed k of `full`, and rows that differ in stage 2 alone share stage 1: so rows are compared
+seed by seed. Verdict: with d the differences, the claim "better" holds if all seeds agree in sign and the mean is more
+than two standard errors from 0; if that is so on the other side, it does not hold; else it is a null.
 """
 
 import argparse
@@ -20,262 +16,66 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-import cues
-import data
-import toy
-from data import (
-    ASSETS,
-    TOY_SIZE,
-    encode_cues,
-    encode_image,
-    image_condition,
-    to_picture,
-    to_tensor,
-    toy_text,
-    write_text,
-)
-from diffusion import Schedule, dpm_solver
-from evaluate import masked_l1, masked_psnr
-from load_cogvideox import load_weights, pick_device
-from video import write_image
+from data import write_text
 
-FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
-FRAMES, REFERENCE_FRAME = 17, 32  # one window of 5 latents; the reference is a later moment
-REACH, PATCH = 16, 6  # pixels that `locate` searches to each side, and half a patch
-PEOPLE = 16
-
-
-class Pair(NamedTuple):
-    reference: np.ndarray  # (H, W, 3) uint8
-    truth: toy.Clip  # A performs the motion
-    driver: toy.Clip  # B performs it
-    others: list[toy.Clip]  # 14 more who do, a few frames of each
-
-
-def draw_pair(number: int) -> Pair:
-    seed = FIRST + number
-    whole = toy.render(seed, seed, frames=REFERENCE_FRAME + 1, size=TOY_SIZE)
-    people = [
-        toy.render(FIRST + 10_000 * k + number, seed, frames=FRAMES if k < 2 else 3, size=TOY_SIZE)
-        for k in range(PEOPLE)
-    ]
-    return Pair(whole.video[REFERENCE_FRAME], people[0], people[1], people[2:])
-
-
-# ---- measures ------------------------------------------------------------------------------------------------------
-
-
-def locate(truth: np.ndarray, mask: np.ndarray, joint: np.ndarray, picture: np.ndarray) -> float:
-    """Distance in pixels between a joint of the true picture and the place in `picture` that looks most like it.
-
-    The 13 x 13 pixels around the joint, inside the person's mask, are moved up to 16 pixels each way over `picture`;
-    the place with the least squared difference wins. truth, picture (H, W, 3) uint8; mask (H, W) bool; joint (x, y),
-    inside the mask's box.
-    """
-    x, y = np.rint(joint).astype(int) + PATCH + REACH
-    pad = lambda p: cv2.copyMakeBorder(p, *[PATCH + REACH] * 4, cv2.BORDER_REPLICATE)  # noqa: E731
-    around = lambda p, r: p[y - r : y + r + 1, x - r : x + r + 1]  # noqa: E731
-    patch, search = around(pad(truth), PATCH), around(pad(picture), PATCH + REACH)
-    inside = around(pad(mask.astype(np.uint8)), PATCH).astype(np.float32)
-    cost = cv2.matchTemplate(
-        np.float32(search), np.float32(patch), cv2.TM_SQDIFF, mask=np.repeat(inside[..., None], 3, 2)
-    )
-    away = np.hypot(*np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1])
-    return float(away.flat[np.argmin(cost + 1e-3 * away * max(inside.sum(), 1))])  # of equal places the nearest
-
-
-def joint_errors(truth: toy.Clip, video: np.ndarray) -> list[float]:
-    """`locate` for every joint that can be seen, over all frames."""
-    errors = []
-    for frame in range(len(video)):
-        for joint in truth.joints[frame][truth.visible[frame]]:
-            errors.append(locate(truth.video[frame], truth.body[frame], joint, video[frame]))
-    return errors
-
-
-def clothes(video: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """(4, 3): the mean colour, in CIE Lab, of four bands of the silhouettes (T, H, W), from head to feet."""
-    bands = [[] for _ in range(4)]
-    for frame, mask in zip(video, masks):
-        lab = cv2.cvtColor(np.float32(frame) / 255, cv2.COLOR_RGB2Lab)
-        rows = np.nonzero(mask)[0]
-        for band, part in zip(bands, np.array_split(np.sort(rows), 4)):  # a quarter of the silhouette's pixels each
-            inside = mask.copy()
-            inside[: part[0]], inside[part[-1] + 1 :] = False, False
-            band.append(lab[inside].mean(0))
-    return np.array([np.mean(band, axis=0) for band in bands])
-
-
-def nearest_person(video: np.ndarray, pair: Pair) -> int:
-    """Index, among A, B and the 14 others, of the one whose colours are nearest; 0 is right."""
-    found = clothes(video, pair.truth.body)
-    people = [pair.truth, pair.driver, *pair.others]
-    return int(np.argmin([np.linalg.norm(found - clothes(c.video, c.body), axis=1).sum() for c in people]))
-
-
-def measure(pair: Pair, video: np.ndarray) -> dict:
-    """One clip (T, H, W, 3) uint8 against the truth."""
-    masks = [cv2.dilate(body.astype(np.uint8), np.ones((5, 5), np.uint8)) for body in pair.truth.body]
-    frames = list(zip(video, pair.truth.video, masks))
-    return {
-        "masked_l1": float(np.mean([masked_l1(*frame) for frame in frames])),
-        "masked_psnr": float(np.mean([masked_psnr(*frame) for frame in frames])),
-        "joint_error": joint_errors(pair.truth, video),
-        "identity": float(nearest_person(video, pair) == 0),
-    }
-
-
-def summary(rows: list[dict]) -> dict:
-    """Means over clips; of the joint error the median over all joints of all clips."""
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "joint_error"}
-    return means | {"joint_error": float(np.median(np.concatenate([row["joint_error"] for row in rows])))}
-
-
-# ---- sampling ------------------------------------------------------------------------------------------------------
-
-
-def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's latent (1, 16, h, w), and pose and face cues (1, 6, 17, h, w) with the reference's own at slot 0."""
-    looks = replace(data.toy_looks(args), location=args.location)
-    draw = data.keyed(FIRST, number)
-    seed = FIRST + number
-    still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=REFERENCE_FRAME)
-    streams = []
-    for place, motion in ((still, still), (pair.truth, pair.driver)):
-        body, face = data.toy_pair(motion, args, draw)
-        _, own = data.toy_pair(place, args, draw)
-        rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
-        mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
-        streams.append(encode_cues(vae, mixed, "cpu", vae.config.scaling_factor))
-    pose, face = (torch.cat(two, 1) for two in zip(*streams))
-    return encode_image(vae, to_tensor(pair.reference)[None]), pose, face * (args.face != "none")
-
-
-@torch.inference_mode()
-def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int) -> list[np.ndarray]:
-    """Videos (T, H, W, 3) uint8, one a pair; the noise of a pair depends on its number and the seed."""
-    image, pose, face = (
-        torch.cat(part) for part in zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
-    )
-    generators = [torch.Generator().manual_seed(1000 * seed + n) for n in numbers]
-    draw = lambda: torch.stack([torch.randn(pose[0, :, :16].shape, generator=g) for g in generators])  # noqa: E731
-    condition, text = image_condition(image, pose.shape[1]), toy_text().expand(len(pairs), -1, -1)
-
-    def velocity(latents: Tensor, step: int) -> Tensor:
-        x = torch.cat([latents, condition], dim=2)
-        return model(x, torch.tensor([step]), text, pose, face).float()
-
-    latents = dpm_solver(velocity, draw(), Schedule(), args.steps, noise=draw)[:, 1:]
-    video = torch.cat([vae.decode(z[None]).float() for z in latents / vae.config.scaling_factor])
-    return list(to_picture(video))
-
-
-def score(args) -> dict:
-    """`python ablate.py score`: numbers of the model and of the trivial answers, means over pairs, for each sampling seed."""
-    dtype = pick_device("cpu")[1]
-    model, header = load_weights(args.checkpoint, dtype)
-    vae = load_weights(args.vae, dtype)[0].eval()
-    rows: dict[str, list] = {
-        "still reference": [],
-        "driver's frames": [],
-        **{f"seed {s}": [] for s in range(args.seeds)},
-    }
-    sheet = []
-    for first in tqdm(range(0, args.pairs, 8), desc="score", unit="batch"):
-        numbers = list(range(first, min(first + 8, args.pairs)))
-        pairs = [draw_pair(n) for n in numbers]
-        rows["still reference"] += [measure(p, np.stack([p.reference] * FRAMES)) for p in pairs]
-        rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
-        for seed in range(args.seeds):
-            videos = generate(model.eval(), vae, pairs, numbers, args, seed)
-            rows[f"seed {seed}"] += [measure(p, video) for p, video in zip(pairs, videos)]
-            if seed == 0 and len(sheet) < args.rows:
-                sheet += [sheet_row(p, video) for p, video in zip(pairs, videos)]
-    result = {
-        "checkpoint": str(args.checkpoint),
-        "stage": header.get("stage"),
-        "step": header.get("step"),
-        "pairs": args.pairs,
-    }
-    result |= {
-        "sampling_steps": args.steps,
-        "answers": {name: summary(values) for name, values in rows.items()},
-    }
-    print(table(result["answers"]))
-    if args.sheet:
-        write_image(args.sheet, np.concatenate(sheet[: args.rows]), comment="AI-generated: drawn figures")
-        print(f"wrote {args.sheet}")
-    if args.output:
-        write_text(args.output, json.dumps(result, indent=1) + "\n")
-    return result
-
-
-def sheet_row(pair: Pair, video: np.ndarray) -> np.ndarray:
-    """reference | driver, output, truth at three moments, each twice its size."""
-    moments = [pair.reference]
-    for frame in (0, FRAMES // 2, FRAMES - 1):
-        moments += [
-            np.full((TOY_SIZE, 4, 3), 255, np.uint8),
-            pair.driver.video[frame],
-            video[frame],
-            pair.truth.video[frame],
-        ]
-    return np.concatenate(moments, axis=1).repeat(2, 0).repeat(2, 1)
-
-
-def table(answers: dict[str, dict]) -> str:
-    """Markdown, a line an answer."""
-    names = list(next(iter(answers.values())))
-    lines = ["| answer | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    cells = {a: " | ".join(f"{row[n]:.3f}" for n in names) for a, row in answers.items()}
-    return "\n".join(lines + [f"| {answer} | {row} |" for answer, row in cells.items()])
-
-
-# ---- rows: what a table of the paper changes -----------------------------------------------------------------------
+README = Path(__file__).parent / "README.md"
 
 
 class Row(NamedTuple):
     table: str  # of the paper
     what: str
-    looks: tuple = ()  # flags of data.py toy and of score
+    paper: str = ""  # its numbers for this row; for `full` beside it
+    meter: str = "masked_l1"  # what the verdict looks at
+    looks: tuple = ()  # flags of data.py toy and of judge.py
     data: tuple = ()  # flags of data.py toy alone
     both: tuple = ()  # flags of both stages
     second: tuple = ()  # flags of stage 2 alone
-    judge: tuple = ()  # flags of score alone
+    judge: tuple = ()  # flags of judge.py alone
+    against: str = "full"
 
 
+def skeleton(noise: int) -> tuple:
+    return "--pose-cue", "skeleton", "--joint-noise", str(noise)
+
+
+# fmt: off
 ROWS = {
-    "full": Row("", "DirectAnimator"),
-    "S1": Row("3", "without Face Cue", both=("--face", "none"), judge=("--face", "none")),
-    "S2": Row("3", "Face Cue not enlarged and centred", looks=("--face-cue", "inplace")),
-    "S3": Row("3", "Pose Cue in colour", looks=("--pose-cue", "rgb")),
-    "S4": Row("3", "Pose Cue gray, no low-pass", looks=("--pose-cue", "gray")),
-    "S5": Row("3", "skeleton, exact joints", looks=("--pose-cue", "skeleton")),
-    "S5-2px": Row("3", "skeleton, 2 px error", looks=("--pose-cue", "skeleton", "--joint-noise", "2")),
-    "S5-4px": Row("3", "skeleton, 4 px error", looks=("--pose-cue", "skeleton", "--joint-noise", "4")),
-    "S6": Row("3", "without Location Cue", both=("--location", "none"), judge=("--location", "none")),
-    "S7": Row("3", "Location Cue, hard mask", both=("--location", "hard"), judge=("--location", "hard")),
-    "S8": Row("3", "without Same2X, from the teacher", second=("--lambda", "0")),
-    "S8-backbone": Row("3", "without Same2X, from the backbone", second=("--lambda", "0", "--init", "backbone")),
-    "full-backbone": Row("Fig. 1", "with Same2X, from the backbone", second=("--init", "backbone")),
-    "D2": Row("4", "aligned at block 2 of 4 (paper: 20 of 42)", second=("--align-depth", "2")),
-    "D3": Row("4", "aligned at block 3 of 4 (paper: 30 of 42)", second=("--align-depth", "3")),
-    "lambda0.1": Row("4", "lambda 0.1", second=("--lambda", "0.1")),
-    "lambda1": Row("4", "lambda 1", second=("--lambda", "1")),
-    "concat": Row("5", "DC injection", both=("--cue-injection", "concat")),
-    "cross": Row("5", "CA injection", both=("--cue-injection", "cross")),
-    "unfiltered": Row("6", "3 of 10 pseudo performers do another motion", data=("--pseudo-faults", "0.3")),
+    "full": Row("", "DirectAnimator", "FIS 0.638, FVD 180.5"),
+    "S1": Row("Table 3, S1", "without Face Cue", "FIS 0.418, FVD 245.5", "face_l1", both=("--face", "none"), judge=("--face", "none")),
+    "S2": Row("Table 3, S2", "Face Cue not enlarged and centred", "FIS 0.610, FVD 185.9", "face_l1", looks=("--face-cue", "inplace")),
+    "S3": Row("Table 3, S3", "Pose Cue in colour", "FIS 0.591, FVD 191.9", looks=("--pose-cue", "rgb")),
+    "S4": Row("Table 3, S4", "Pose Cue gray, no low-pass", "FIS 0.625, FVD 184.1", looks=("--pose-cue", "gray")),
+    "S5": Row("Table 3, S5", "skeleton, exact joints", "FIS 0.578, FVD 216.4", looks=skeleton(0)),
+    "S5-2px": Row("Table 3, S5", "skeleton, joints 2 px off", "FIS 0.578, FVD 216.4", looks=skeleton(2)),
+    "S5-4px": Row("Table 3, S5", "skeleton, joints 4 px off", "FIS 0.578, FVD 216.4", looks=skeleton(4)),
+    "S6": Row("Table 3, S6", "without Location Cue", "FIS 0.529, FVD 203.7", both=("--location", "none"), judge=("--location", "none")),
+    "S7": Row("Table 3, S7", "Location Cue, hard mask", "FIS 0.582, FVD 228.5", both=("--location", "hard"), judge=("--location", "hard")),
+    "S8": Row("Table 3, S8", "without Same2X, stage 2 from the teacher", "FIS 0.530, FVD 290.4", second=("--lambda", "0")),
+    "full-backbone": Row("Fig. 1", "with Same2X, stage 2 from the backbone", second=("--init", "backbone")),
+    "S8-backbone": Row("Table 3, S8", "without Same2X, stage 2 from the backbone", "FIS 0.530, FVD 290.4",
+                       second=("--lambda", "0", "--init", "backbone"), against="full-backbone"),
+    "D2": Row("Table 4", "aligned at block 2 of 4 (paper: 20 of 42)", "FIS 0.591, FVD 231.0", second=("--align-depth", "2")),
+    "D3": Row("Table 4", "aligned at block 3 of 4 (paper: 30 of 42)", "FIS 0.503, FVD 423.5", second=("--align-depth", "3")),
+    "lambda0.1": Row("Table 4", "lambda 0.1", "FIS 0.634, FVD 189.7", second=("--lambda", "0.1")),
+    "lambda1": Row("Table 4", "lambda 1", "FIS 0.627, FVD 191.8", second=("--lambda", "1")),
+    "concat": Row("Table 5", "DC injection", "FIS 0.544, FVD 372.8", both=("--cue-injection", "concat")),
+    "cross": Row("Table 5", "CA injection", "FIS 0.502, FVD 453.7", both=("--cue-injection", "cross")),
+    "unfiltered": Row("Table 6", "3 of 10 pseudo performers do another motion", "FIS 0.584, FVD 218.3", data=("--pseudo-faults", "0.3")),
+    "blurred": Row("A.6", "driver with motion blur, exposed over 4 frames", "fails", judge=("--degrade", "motion_blur")),
+    "dark": Row("A.6", "driver in low light", "fails", judge=("--degrade", "low_light")),
+    "coarse": Row("A.6", "driver at an eighth of the resolution", "fails", judge=("--degrade", "low_resolution")),
 }
+# fmt: on
+BETTER_HIGH = "masked_psnr", "identity"
+
+
+# ---- training and judging ------------------------------------------------------------------------------------------
 
 
 def slug(*flags: str) -> str:
@@ -283,27 +83,30 @@ def slug(*flags: str) -> str:
 
 
 class Pieces:
-    """What `run` has to do for some rows and seeds: data, stage 1, stage 2, scores; each a command by what it makes."""
+    """What `run` has to do for some rows and seeds: data, stage 1, stage 2, results; each a command by what it makes."""
 
     # fmt: off
     def __init__(self, args):
         self.stages: tuple[dict, dict, dict, dict] = {}, {}, {}, {}
         python, work = sys.executable, args.work
         steps = ["--save-every", "500", "--eval-every", str(args.eval_every), "--device", "cpu", "--resume"]
+        steps += ["--compile"] * args.compile
         for name, row in ((name, ROWS[name]) for name in args.rows):
             folder = work / f"data-{slug(*row.looks, *row.data)}"
             self.stages[0][folder / "clips.jsonl"] = [
                 python, "data.py", "toy", "-o", folder, "--clips", args.clips, *row.looks, *row.data]
             for seed in range(args.seeds):
-                first = work / f"stage1-{slug(*row.looks, *row.data, *row.both)}-{seed}"
-                second, result = work / f"stage2-{name}-{seed}", args.results / f"{name}-{seed}.json"
+                trained = slug(*row.looks, *row.data, *row.both)
+                first = work / f"stage1-{trained}-{seed}"
+                second = work / f"stage2-{trained}-{slug(*row.second)}-{seed}"
+                result = args.results / f"{name}-{seed}.json"
                 common = [python, "train.py", "--preset", "toy", "--data", folder, "--seed", seed, *steps, *row.both]
                 self.stages[1][first / f"step-{args.steps[0]:07d}"] = [
                     *common, "--stage", "1", "-o", first, "--steps", args.steps[0]]
                 self.stages[2][second / f"step-{args.steps[1]:07d}"] = [
                     *common, "--stage", "2", "-o", second, "--steps", args.steps[1], "--teacher", first, *row.second]
                 self.stages[3][result] = [
-                    python, "ablate.py", "score", second, "--seeds", "1", "-o", result, *row.looks, *row.judge]
+                    python, "judge.py", second, "--seeds", "1", "--pairs", args.pairs, "-o", result, *row.looks, *row.judge]
     # fmt: on
 
     def missing(self) -> int:
@@ -311,23 +114,23 @@ class Pieces:
 
 
 def run(args) -> None:
-    """`python ablate.py run`: all that is missing for the rows, as many pieces at a time as there are cores; start it again to go on."""
+    """`python ablate.py run`: all that is missing for the rows, as many pieces at a time as there are cores."""
     args.rows = args.rows or list(ROWS)
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown:
         raise ValueError(f"no row {unknown[0]}; there are {', '.join(ROWS)}")
     if args.quick:
-        args.steps, args.seeds, args.clips, args.eval_every = (20, 20), 1, 16, 10
+        args.steps, args.seeds, args.clips, args.eval_every, args.pairs = (20, 20), 1, 16, 10, 2
     args.work, args.results = args.work.resolve(), args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.rows:
-        print(f"{name}: {ROWS[name].what}" + f" (Table {ROWS[name].table})" * ROWS[name].table.isdigit())
+        print(f"{name}: {ROWS[name].what}" + f" ({ROWS[name].table})" * bool(ROWS[name].table))
     pieces = Pieces(args)
-    trainings = sum(not target.exists() for stage in pieces.stages[1:3] for target in stage)
-    hours = trainings * sum(args.steps) / 2 * 0.4 / args.jobs / 3600
-    print(
-        f"{pieces.missing()} pieces are missing, {trainings} of them trainings: about {hours:.1f} h at 0.4 s a step and core"
-    )
+    data, *trainings, results = [sum(not target.exists() for target in stage) for stage in pieces.stages]
+    step = (0.27 if args.compile else 0.4) / 3600  # hours of one core
+    hours = sum(count * steps * step for count, steps in zip(trainings, args.steps)) / args.jobs
+    hours += data * args.clips * 1.2 / 3600 / os.cpu_count() + results * args.pairs * 2.5 / 3600 / args.jobs
+    print(f"missing: {data} data folders, {sum(trainings)} trainings, {results} results: about {hours:.1f} h")
     bar = tqdm(total=pieces.missing(), desc="ablate", unit="piece")
     for stage in pieces.stages:
         alone = stage is pieces.stages[0]  # data.py uses all cores by itself
@@ -349,35 +152,159 @@ def execute(work: Path, target: Path, command: list) -> None:
         raise OSError(f"{' '.join(map(str, command))} failed, see {log}")
 
 
+# ---- the ledger ----------------------------------------------------------------------------------------------------
+
+
+def read_results(folder: Path) -> dict[str, dict[int, dict]]:
+    """results/ROW-SEED.json -> {row: {seed: result}}, in the order of ROWS."""
+    found = {}
+    for name in ROWS:
+        seeds = {int(path.stem[len(name) + 1 :]): path for path in folder.glob(f"{name}-[0-9]*.json")}
+        if seeds:
+            found[name] = {seed: json.loads(path.read_text()) for seed, path in sorted(seeds.items())}
+    if not found:
+        raise ValueError(f"{folder}: no results there; make some with: python ablate.py run")
+    return found
+
+
+def numbers(row: dict[int, dict], meter: str) -> dict[int, float]:
+    return {seed: result["answers"]["seed 0"][meter] for seed, result in row.items()}
+
+
+def verdict(worse: dict[int, float], better: dict[int, float], meter: str) -> str:
+    """Is `better` better than `worse`, seed by seed? The rule is in this file's first lines."""
+    sign = -1 if meter in BETTER_HIGH else 1
+    gains = np.array([sign * (worse[seed] - better[seed]) for seed in worse if seed in better])
+    if len(gains) < 3:
+        return "too few seeds"
+    error = gains.std(ddof=1) / len(gains) ** 0.5
+    if abs(gains.mean()) <= 2 * error or len(set(np.sign(gains))) > 1:
+        return "null"
+    return "holds" if gains.mean() > 0 else "does not hold"
+
+
+def spread(values: dict[int, float]) -> str:
+    """mean ± standard deviation over seeds."""
+    found = list(values.values())
+    deviation = f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""
+    return f"{np.mean(found):.2f}{deviation}"
+
+
+def speed_up(slow: dict, fast: dict) -> float | None:
+    """How many times sooner `fast` reaches the last held-out loss of `slow`; None if it never does. Fig. 1, right."""
+    curve = slow["training"]["held_out"]
+    reached = [step for step, loss in fast["training"]["held_out"] if loss <= curve[-1][1]]
+    return curve[-1][0] / reached[0] if reached else None
+
+
+def ledger(results: dict) -> str:
+    """Claim, command, the paper's numbers, ours, verdict: Markdown."""
+    lines = ["| claim: better than | command | paper | meter | full | this row | verdict |", "|---" * 7 + "|"]
+    for name, row in ROWS.items():
+        if name in ("full", "full-backbone") or name not in results or row.against not in results:
+            continue
+        worse, better = (numbers(results[r], row.meter) for r in (name, row.against))
+        cells = f"{row.what} ({row.table})", f"`ablate.py run {name}`", row.paper, row.meter
+        cells += spread(better), spread(worse), verdict(worse, better, row.meter)
+        lines.append("| " + " | ".join(cells) + " |")
+    for slow, fast in (("S8", "full"), ("S8-backbone", "full-backbone")):
+        if slow in results and fast in results:
+            ratios = [speed_up(results[slow][s], results[fast][s]) for s in results[slow] if s in results[fast]]
+            said = ", ".join(f"{r:.2f}" if r else "not reached" for r in ratios)
+            lines.append(f"\nFig. 1, right, {ROWS[slow].what.split(', ')[1]}: steps that `{slow}` needs for its last held-out loss, "
+                         f"over those of `{fast}`, seed by seed: {said}.")  # fmt: skip
+    return "\n".join(lines) + "\n\n" + meters(results)
+
+
+METERS = ("masked_l1", "masked_psnr", "face_l1", "joint_error", "identity", "leak_color", "leak_texture", "leak_outline")  # fmt: skip
+
+
+def meters(results: dict) -> str:
+    """Every number of every row, Markdown; first the trivial answers."""
+    lines = ["| row | seeds | " + " | ".join(METERS) + " |", "|---" * (2 + len(METERS)) + "|"]
+    first = next(iter(next(iter(results.values())).values()))["answers"]
+    for trivial in ("still reference", "driver's frames"):
+        lines.append(f"| {trivial} | | " + " | ".join(f"{first[trivial][m]:.2f}" for m in METERS) + " |")
+    for name, row in results.items():
+        lines.append(f"| {name} | {len(row)} | " + " | ".join(spread(numbers(row, m)) for m in METERS) + " |")
+    return "\n".join(lines)
+
+
+def figures(results: dict, folder: Path) -> None:
+    """rows.png: each row's seeds against full's mean. same2x.png: held-out loss of stage 2 with and without Same2X."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    blue, orange = "#0072b2", "#d55e00"  # of Okabe and Ito's palette: told apart by colour-blind readers too
+    shown = "masked_l1", "face_l1", "joint_error", "leak_color"
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(12, 1 + 0.25 * len(results)), sharey=True)
+    for axis, meter in zip(axes, shown):
+        for y, (name, row) in enumerate(results.items()):
+            found = list(numbers(row, meter).values())
+            axis.plot(found, [y] * len(found), "o", color=blue if name == "full" else orange, alpha=0.6)
+            axis.plot(np.mean(found), y, "|", color="black", markersize=12)
+        if "full" in results:
+            axis.axvline(np.mean(list(numbers(results["full"], meter).values())), color=blue, linewidth=1)
+        axis.set_title(meter + {"joint_error": ", px", "leak_color": ""}.get(meter, ", gray levels"))
+    axes[0].set_yticks(range(len(results)), list(results))
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(folder / "rows.png", dpi=100)
+
+    panels = [p for p in (("full", "S8"), ("full-backbone", "S8-backbone")) if all(name in results for name in p)]
+    figure, axes = pyplot.subplots(1, max(len(panels), 1), figsize=(10, 3.5), squeeze=False)
+    for axis, names in zip(axes[0], panels):
+        for name, colour, style in zip(names, (blue, orange), ("-", "--")):
+            for k, result in enumerate(results[name].values()):
+                label = f"{name}: {ROWS[name].what.split(',')[0]}" if k == 0 else None
+                axis.plot(*zip(*result["training"]["held_out"]), style, color=colour, label=label, linewidth=1)
+        axis.set(xlabel="step of stage 2", ylabel="held-out v-MSE, cross identity", yscale="log")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "same2x.png", dpi=100)
+    pyplot.close("all")
+
+
+MARKS = "<!-- ledger: python ablate.py table -->", "<!-- end of ledger -->"
+
+
+def tabulate(args) -> None:
+    """`python ablate.py table`: the ledger into README.md between its marks, and the figures."""
+    results = read_results(args.results)
+    text = ledger(results)
+    figures(results, args.results)
+    page = args.readme.read_text()
+    if not all(mark in page for mark in MARKS):
+        raise ValueError(
+            f"{args.readme}: the ledger goes between the lines {MARKS[0]} and {MARKS[1]}, which are not there"
+        )
+    before, rest = page.split(MARKS[0])
+    write_text(args.readme, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    print(text)
+
+
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=show)
+    parser = argparse.ArgumentParser(prog="ablate.py", description=__doc__.split("\n")[0], formatter_class=show)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("score", help="measure one model against the truth", formatter_class=show).add_argument
-    add("checkpoint", type=Path, nargs="?", default=ASSETS / "toy.safetensors", help="run folder or weights file of stage 1 or 2")
-    add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
-    add("--pairs", type=int, default=64, help="pairs of a person and a motion, none of them in any training data")
-    add("--seeds", type=int, default=3, help="sampling seeds")
-    add("--steps", type=int, default=20, help="denoising steps")
-    add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="as the model was trained")
-    add("--joint-noise", type=float, default=0.0, help="as the model was trained")
-    add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")
-    add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
-    add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
-    add("--sheet", type=Path, metavar="PNG", help="draw reference, driver, output and truth of the first pairs")
-    add("--rows", type=int, default=6, help="pairs on the sheet")
-    add("-o", "--output", type=Path, metavar="JSON", help="write the numbers")
-    add = commands.add_parser("run", help="train and measure rows of the paper's tables", formatter_class=show).add_argument
+    add = commands.add_parser("run", help="train and judge rows of the paper's tables", formatter_class=show).add_argument
     add("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     add("--seeds", type=int, default=3, help="trainings of each row")
-    add("--steps", type=int, nargs=2, default=(2500, 2000), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
+    add("--steps", type=int, nargs=2, default=(2000, 1600), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
     add("--clips", type=int, default=800, help="training clips")
+    add("--pairs", type=int, default=64, help="pairs to judge a model by")
     add("--eval-every", type=int, default=100, help="steps between held-out losses")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train.py --compile: needs a C++ compiler")
     add("--jobs", type=int, default=os.cpu_count(), help="pieces at a time, a core each")
     add("--work", type=Path, default=Path("runs/ablate"), help="folder for data and runs")
     add("--results", type=Path, default=Path("results"), help="folder for the numbers")
     add("--quick", action="store_true", help="a few steps of everything: does it run?")
+    add = commands.add_parser("table", help="the ledger and the figures, from results", formatter_class=show).add_argument
+    add("--results", type=Path, default=Path("results"), help="folder of the numbers, and for the figures")
+    add("--readme", type=Path, default=README, help="page whose ledger is replaced")
     for command in (parser, *commands.choices.values()):
         command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     return parser, parser.parse_args(argv)
@@ -387,7 +314,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 def main(argv=None) -> None:
     parser, args = parse_args(argv)
     try:
-        {"score": score, "run": run}[args.command](args)
+        {"run": run, "table": tabulate}[args.command](args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:

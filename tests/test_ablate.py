@@ -1,75 +1,14 @@
-"""The judge of the drawn world is right about the truth itself, and about known mistakes."""
+"""The rows of the paper's tables as commands, and the ledger that their numbers fill."""
 
+import json
 import sys
 
-import cv2
-import numpy as np
 import pytest
 
 import ablate
 import data
+import judge
 import train
-from evaluate import masked_l1
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return [ablate.draw_pair(n) for n in range(2)]
-
-
-def test_pairs_are_people_and_motions_that_no_training_clip_has():
-    """data.py draws clips 0.. and 1,000,000.., other performers 500,000 further."""
-    used = set(range(100_000)) | set(range(500_000, 600_000)) | set(range(1_000_000, 1_700_000))
-    assert not used & {ablate.FIRST + 10_000 * k + n for k in range(ablate.PEOPLE) for n in range(10_000)}
-
-
-def test_the_locator_is_exact_on_the_truth_and_on_moved_truth(pairs):
-    """0 on the truth; a clip moved by (3, -4) is 5 pixels off at every joint whose patch stays inside."""
-    truth = pairs[0].truth
-    assert set(ablate.joint_errors(truth, truth.video)) == {0.0}
-    moved = np.roll(truth.video, (-4, 3), axis=(1, 2))
-    errors = ablate.joint_errors(truth, moved)
-    assert np.median(errors) == 5 and np.mean(np.array(errors) == 5) > 0.9
-
-
-def test_the_locator_forgives_blur_more_than_another_pose(pairs):
-    for pair in pairs:
-        blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in pair.truth.video])
-        still = np.stack([pair.reference] * ablate.FRAMES)
-        blur, pose = (np.mean(ablate.joint_errors(pair.truth, v)) for v in (blurred, still))
-        assert blur < 1.5 < pose
-
-
-def test_joints_behind_the_body_are_not_counted(pairs):
-    truth = pairs[0].truth
-    assert len(ablate.joint_errors(truth, truth.video)) == truth.visible.sum() < truth.visible.size
-
-
-def test_the_nearest_person_is_who_is_shown(pairs):
-    """A on the truth, blurred or not; with the parts swapped, B and A."""
-    for pair in pairs:
-        assert ablate.nearest_person(pair.truth.video, pair) == 0
-        assert ablate.nearest_person(np.stack([cv2.GaussianBlur(f, (0, 0), 3) for f in pair.truth.video]), pair) == 0
-        swapped = pair._replace(truth=pair.driver, driver=pair.truth)  # now B is the one who should be shown
-        assert ablate.nearest_person(pair.driver.video, swapped) == 0
-        assert ablate.nearest_person(pair.truth.video, swapped) == 1
-
-
-def test_measures_of_the_truth_and_of_a_known_error(pairs):
-    """The mask is the silhouette, two pixels wider: what is wrong outside does not count."""
-    truth = pairs[0].truth
-    assert ablate.measure(pairs[0], truth.video)["masked_l1"] == 0
-    wide = np.stack([cv2.dilate(b.astype(np.uint8), np.ones((5, 5), np.uint8)) for b in truth.body]) > 0
-    elsewhere = np.where(wide[..., None], truth.video, 255 - truth.video)
-    assert ablate.measure(pairs[0], elsewhere)["masked_l1"] == 0
-    darker = (truth.video // 2).astype(np.uint8)
-    expected = np.mean([masked_l1(a, b, m) for a, b, m in zip(darker, truth.video, wide)])
-    assert ablate.measure(pairs[0], darker)["masked_l1"] == pytest.approx(expected)
-
-
-def test_summary_takes_the_median_over_all_joints():
-    rows = [{"masked_l1": 1.0, "joint_error": [0.0, 0.0, 9.0]}, {"masked_l1": 3.0, "joint_error": [5.0, 7.0]}]
-    assert ablate.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -88,11 +27,12 @@ def test_rows_that_differ_in_stage_2_alone_share_data_and_stage_1(tmp_path):
     assert [len(stage) for stage in plan(tmp_path, "full", "S8", "D2")] == [1, 2, 6, 6]
     assert [len(stage) for stage in plan(tmp_path, "full", "S4")] == [2, 4, 4, 4]
     assert [len(stage) for stage in plan(tmp_path, "full", "S1", "concat")] == [1, 6, 6, 6]
+    assert [len(stage) for stage in plan(tmp_path, "full", "dark")] == [1, 2, 2, 4], "judged otherwise, trained alike"
 
 
 def test_every_row_is_made_of_commands_that_exist(tmp_path):
     """Each command is accepted by the program that it calls, and no two pieces make the same thing."""
-    parsers = {"data.py": data.parse_args, "train.py": train.parse_args, "ablate.py": ablate.parse_args}
+    parsers = {"data.py": data.parse_args, "train.py": train.parse_args, "judge.py": judge.parse_args}
     stages = plan(tmp_path)
     assert sum(map(len, stages)) == len({target for stage in stages for target in stage})
     for stage in stages:
@@ -100,7 +40,7 @@ def test_every_row_is_made_of_commands_that_exist(tmp_path):
             _, args = parsers[command[1]]([str(word) for word in command[2:]])
             made = args.output / target.name if target.suffix != ".json" else args.output
             assert made == target
-    scores = {target.stem: ablate.parse_args([str(w) for w in c[2:]])[1] for target, c in stages[3].items()}
+    scores = {target.stem: judge.parse_args([str(w) for w in c[2:]])[1] for target, c in stages[3].items()}
     assert scores["S1-0"].face == "none" and scores["S6-1"].location == "none" and scores["S3-0"].pose_cue == "rgb"
 
 
@@ -120,3 +60,57 @@ def test_a_failing_piece_names_its_command_and_log(tmp_path):
     with pytest.raises(OSError, match="failed, see .*log"):
         ablate.execute(tmp_path, tmp_path / "never", [sys.executable, "-c", "print('broken')"])
     assert "broken" in (tmp_path / "logs" / f"{tmp_path.name}-never.log").read_text()
+
+
+# ---- the ledger ----------------------------------------------------------------------------------------------------
+
+
+def fill(folder, **rows):
+    """results/ROW-SEED.json with these masked L1s, one a seed, and curves that end there."""
+    for name, values in rows.items():
+        for seed, value in enumerate(values):
+            answers = {a: {m: value for m in ablate.METERS} for a in ("seed 0", "still reference", "driver's frames")}
+            curve = [[100, value + 2], [200, value + 1], [300, value]]
+            result = {"answers": answers, "training": {"held_out": curve}}
+            (folder / f"{name.replace('_', '-')}-{seed}.json").write_text(json.dumps(result))
+
+
+@pytest.mark.parametrize(
+    "full, row, said",
+    [
+        ([10, 11, 12], [12, 13.1, 14], "holds"),
+        ([10, 11, 12], [8, 9.1, 10], "does not hold"),
+        ([10, 11, 12], [10.5, 10.9, 12.1], "null"),  # two of three agree
+        ([10, 11, 12], [10.1, 11.1, 19], "null"),  # all agree, but one seed carries it: 2.73 < 2 x 2.63
+        ([10, 11], [12, 13], "too few seeds"),
+    ],
+)
+def test_the_verdict_follows_the_stated_rule(full, row, said):
+    assert ablate.verdict(dict(enumerate(row)), dict(enumerate(full)), "masked_l1") == said
+    assert ablate.verdict(dict(enumerate(full)), dict(enumerate(row)), "identity") == said, "where high is good"
+
+
+def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(tmp_path):
+    fill(tmp_path, full=[1, 1.1, 1.2], S8=[2, 2.1, 2.2], S1=[1, 1.1, 1.3])
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "\noutdated\n".join(ablate.MARKS) + "\nafter\n")
+    for _ in range(2):
+        ablate.main(["table", "--results", str(tmp_path), "--readme", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "outdated" not in text
+    assert text.count("| 1.10 ± 0.10 | 2.10 ± 0.10 | holds |") == 1, "S8"
+    assert text.count("| 1.10 ± 0.10 | 1.13 ± 0.15 | null |") == 1, "S1"
+    assert "seed by seed: 1.50, 1.50, 1.50" in text, "full falls to 2 at step 200, S8 at 300"
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("rows.png", "same2x.png"))
+
+
+@pytest.mark.parametrize("missing, said", [("results", "no results there"), ("marks", "which are not there")])
+def test_a_ledger_without_results_or_marks_is_a_sentence(tmp_path, capsys, missing, said):
+    page = tmp_path / "page.md"
+    page.write_text("nothing" if missing == "marks" else "".join(ablate.MARKS))
+    if missing == "marks":
+        fill(tmp_path, full=[1])
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["table", "--results", str(tmp_path), "--readme", str(page)])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert page.read_text() in ("nothing", "".join(ablate.MARKS))

@@ -1,0 +1,301 @@
+"""Judge a model of the drawn world against the truth: pose, identity, pixels, and what leaks from the driver.
+
+    python judge.py runs/toy-stage2 --sheet sheet.png
+
+A pair is a person A, a motion, and another person B who performs it. The model gets one picture of A (another moment
+of the clip), Pose and Face Cue of B, and the Location Cue of A's own clip, as the paper evaluates (pose and face from
+pseudo drivers, place from the clip). Truth is A performing the motion: a drawn world has it, real data never do.
+
+    masked L1, masked PSNR   over A's silhouette, two pixels wider; gray levels, dB
+    face L1                  over A's visible face; gray levels
+    joint error              how far, in pixels, what surrounds a visible joint has to be moved to fit best: see `locate`
+    identity                 is the nearest of 16 people by the colours of the silhouette A? One of the 16 is B
+    leaks                    how much of B's colours, texture and outline is in the output: see `leaks`
+
+The trivial answers they are compared with: A's picture standing still, and the driver's own frames.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cues
+import data
+import toy
+from data import ASSETS, TOY_SIZE, encode_cues, encode_image, image_condition, to_picture, to_tensor, toy_text
+from data import write_text
+from diffusion import Schedule, dpm_solver
+from evaluate import masked_l1, masked_psnr
+from load_cogvideox import load_weights, pick_device
+from video import write_image
+
+FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
+FRAMES, REFERENCE_FRAME = 17, 32  # one window of 5 latents; the reference is a later moment
+REACH, PATCH = 16, 6  # pixels that `locate` searches to each side, and half a patch
+PEOPLE = 16
+
+
+class Pair(NamedTuple):
+    reference: np.ndarray  # (H, W, 3) uint8
+    truth: toy.Clip  # A performs the motion
+    driver: toy.Clip  # B performs it
+    others: list[toy.Clip]  # 14 more who do, a few frames of each
+
+
+def draw_pair(number: int, degrade: str = "none", strength: float = 0.0) -> Pair:
+    """Pair `number`; A.6: the driver seen through motion blur (over 4 x strength frames), little light or few pixels."""
+    seed = FIRST + number
+    reference = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=REFERENCE_FRAME).video[0]
+    frames = lambda k: FRAMES if k < 2 else 3  # noqa: E731
+    people = [toy.render(FIRST + 10_000 * k + number, seed, frames=frames(k), size=TOY_SIZE) for k in range(PEOPLE)]
+    truth, driver, *others = people
+    if degrade == "motion_blur":
+        driver = toy.render(FIRST + 10_000 + number, seed, frames=FRAMES, size=TOY_SIZE, shutter=4 * strength)
+    elif degrade != "none":
+        driver = replace(driver, video=toy.degrade(driver.video, degrade, strength, seed))
+    return Pair(reference, truth, driver, others)
+
+
+# ---- measures ------------------------------------------------------------------------------------------------------
+
+
+def locate(truth: np.ndarray, mask: np.ndarray, joint: np.ndarray, picture: np.ndarray) -> float:
+    """Distance in pixels between a joint of the true picture and the place in `picture` that looks most like it.
+
+    The 13 x 13 pixels around the joint, inside the person's mask, are moved up to 16 pixels each way over `picture`;
+    the place with the least squared difference wins. truth, picture (H, W, 3) uint8; mask (H, W) bool; joint (x, y),
+    inside the mask's box.
+    """
+    x, y = np.rint(joint).astype(int) + PATCH + REACH
+    pad = lambda p: cv2.copyMakeBorder(p, *[PATCH + REACH] * 4, cv2.BORDER_REPLICATE)  # noqa: E731
+    around = lambda p, r: p[y - r : y + r + 1, x - r : x + r + 1]  # noqa: E731
+    patch, search = around(pad(truth), PATCH), around(pad(picture), PATCH + REACH)
+    inside = around(pad(mask.astype(np.uint8)), PATCH).astype(np.float32)
+    cost = cv2.matchTemplate(
+        np.float32(search), np.float32(patch), cv2.TM_SQDIFF, mask=np.repeat(inside[..., None], 3, 2)
+    )
+    away = np.hypot(*np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1])
+    return float(away.flat[np.argmin(cost + 1e-3 * away * max(inside.sum(), 1))])  # of equal places the nearest
+
+
+def joint_errors(truth: toy.Clip, video: np.ndarray) -> list[float]:
+    """`locate` for every joint that can be seen, over all frames."""
+    errors = []
+    for frame in range(len(video)):
+        for joint in truth.joints[frame][truth.visible[frame]]:
+            errors.append(locate(truth.video[frame], truth.body[frame], joint, video[frame]))
+    return errors
+
+
+def clothes(video: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """(4, 3): the mean colour, in CIE Lab, of four bands of the silhouettes (T, H, W), from head to feet."""
+    bands = [[] for _ in range(4)]
+    for frame, mask in zip(video, masks):
+        lab = cv2.cvtColor(np.float32(frame) / 255, cv2.COLOR_RGB2Lab)
+        rows = np.nonzero(mask)[0]
+        for band, part in zip(bands, np.array_split(np.sort(rows), 4)):  # a quarter of the silhouette's pixels each
+            inside = mask.copy()
+            inside[: part[0]], inside[part[-1] + 1 :] = False, False
+            band.append(lab[inside].mean(0))
+    return np.array([np.mean(band, axis=0) for band in bands])
+
+
+def nearest_person(video: np.ndarray, pair: Pair) -> int:
+    """Index, among A, B and the 14 others, of the one whose colours are nearest; 0 is right."""
+    found = clothes(video, pair.truth.body)
+    people = [pair.truth, pair.driver, *pair.others]
+    return int(np.argmin([np.linalg.norm(found - clothes(c.video, c.body), axis=1).sum() for c in people]))
+
+
+def leaks(pair: Pair, video: np.ndarray) -> dict[str, float]:
+    """What of the driver B shows in a picture of A; 0 on the truth in all three.
+
+    leak_color    colours of the silhouette on the line from A's to B's: 0 A's, 1 B's
+    leak_texture  where both bodies are, detail (what a blur of 1.5 px removes) fitted by A's and B's: the share of B's
+    leak_outline  error where only B stands, beyond that in the rest of the background near A; gray levels
+    """
+    a, found = clothes(pair.truth.video, pair.truth.body), clothes(video, pair.truth.body)
+    b = clothes(pair.driver.video, pair.driver.body)
+    color = ((found - a) * (b - a)).sum() / np.square(b - a).sum()
+
+    detail = lambda v: np.stack([np.float32(f) - cv2.GaussianBlur(np.float32(f), (0, 0), 1.5) for f in v])  # noqa: E731
+    both = pair.truth.body & pair.driver.body
+    parts = [detail(v)[both].ravel() for v in (pair.truth.video, pair.driver.video, video)]
+    texture = np.linalg.lstsq(np.stack(parts[:2], 1), parts[2], rcond=None)[0][1] if both.any() else np.nan
+
+    grow = lambda masks, r: np.stack([cv2.dilate(np.uint8(m), np.ones((2 * r + 1,) * 2)) for m in masks]) > 0  # noqa: E731
+    error = np.abs(np.float32(video) - pair.truth.video).mean(-1)
+    outside, near = ~grow(pair.truth.body, 2), grow(pair.truth.body | pair.driver.body, 6)
+    ghost, ring = error[outside & pair.driver.body], error[outside & near & ~grow(pair.driver.body, 2)]
+    outline = ghost.mean() - ring.mean() if len(ghost) and len(ring) else np.nan
+    return {"leak_color": float(color), "leak_texture": float(texture), "leak_outline": float(outline)}
+
+
+def measure(pair: Pair, video: np.ndarray) -> dict:
+    """One clip (T, H, W, 3) uint8 against the truth; NaN where nothing is to be seen (no face, no background)."""
+    masks = [cv2.dilate(body.astype(np.uint8), np.ones((5, 5), np.uint8)) for body in pair.truth.body]
+    frames = list(zip(video, pair.truth.video, masks))
+    faces = [masked_l1(*frame) for frame in zip(video, pair.truth.video, pair.truth.face) if frame[2].sum() >= 9]
+    return {
+        "masked_l1": float(np.mean([masked_l1(*frame) for frame in frames])),
+        "masked_psnr": float(np.mean([masked_psnr(*frame) for frame in frames])),
+        "face_l1": float(np.mean(faces)) if faces else np.nan,
+        "joint_error": joint_errors(pair.truth, video),
+        "identity": float(nearest_person(video, pair) == 0),
+        **leaks(pair, video),
+    }
+
+
+def summary(rows: list[dict]) -> dict:
+    """Means over clips; of the joint error the median over all joints of all clips."""
+    means = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0] if name != "joint_error"}
+    return means | {"joint_error": float(np.median(np.concatenate([row["joint_error"] for row in rows])))}
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------------
+
+
+def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference's latent (1, 16, h, w), and pose and face cues (1, 6, 17, h, w) with the reference's own at slot 0."""
+    looks = replace(data.toy_looks(args), location=args.location)
+    draw = data.keyed(FIRST, number)
+    seed = FIRST + number
+    still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=REFERENCE_FRAME)
+    streams = []
+    for place, motion in ((still, still), (pair.truth, pair.driver)):
+        body, face = data.toy_pair(motion, args, draw)
+        _, own = data.toy_pair(place, args, draw)
+        rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
+        mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
+        streams.append(encode_cues(vae, mixed, "cpu", vae.config.scaling_factor))
+    pose, face = (torch.cat(two, 1) for two in zip(*streams))
+    return encode_image(vae, to_tensor(pair.reference)[None]), pose, face * (args.face != "none")
+
+
+@torch.inference_mode()
+def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int) -> list[np.ndarray]:
+    """Videos (T, H, W, 3) uint8, one a pair; the noise of a pair depends on its number and the seed."""
+    image, pose, face = (
+        torch.cat(part) for part in zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
+    )
+    generators = [torch.Generator().manual_seed(1000 * seed + n) for n in numbers]
+    draw = lambda: torch.stack([torch.randn(pose[0, :, :16].shape, generator=g) for g in generators])  # noqa: E731
+    condition, text = image_condition(image, pose.shape[1]), toy_text().expand(len(pairs), -1, -1)
+
+    def velocity(latents: Tensor, step: int) -> Tensor:
+        x = torch.cat([latents, condition], dim=2)
+        return model(x, torch.tensor([step]), text, pose, face).float()
+
+    latents = dpm_solver(velocity, draw(), Schedule(), args.steps, noise=draw)[:, 1:]
+    video = torch.cat([vae.decode(z[None]).float() for z in latents / vae.config.scaling_factor])
+    return list(to_picture(video))
+
+
+def score(args) -> dict:
+    """Numbers of the model, for each sampling seed, and of the trivial answers: means over pairs."""
+    dtype = pick_device("cpu")[1]
+    model, header = load_weights(args.checkpoint, dtype)
+    vae = load_weights(args.vae, dtype)[0].eval()
+    rows = {name: [] for name in ("still reference", "driver's frames", *(f"seed {s}" for s in range(args.seeds)))}
+    sheet = []
+    for first in tqdm(range(0, args.pairs, 8), desc="score", unit="batch"):
+        numbers = list(range(first, min(first + 8, args.pairs)))
+        pairs = [draw_pair(n, args.degrade, args.strength) for n in numbers]
+        rows["still reference"] += [measure(p, np.stack([p.reference] * FRAMES)) for p in pairs]
+        rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
+        for seed in range(args.seeds):
+            videos = generate(model.eval(), vae, pairs, numbers, args, seed)
+            rows[f"seed {seed}"] += [measure(p, video) for p, video in zip(pairs, videos)]
+            if seed == 0 and len(sheet) < args.rows:
+                sheet += [sheet_row(p, video) for p, video in zip(pairs, videos)]
+    answers = {name: summary(values) for name, values in rows.items()}
+    result = {name: header.get(name) for name in ("stage", "step")} | {"checkpoint": str(args.checkpoint)}
+    result |= {"pairs": args.pairs, "sampling_steps": args.steps, "degrade": args.degrade, "strength": args.strength}
+    result |= {"answers": answers, "training": history(args.checkpoint)}
+    print(table(answers))
+    if args.sheet:
+        write_image(args.sheet, np.concatenate(sheet[: args.rows]), comment="AI-generated: drawn figures")
+        print(f"wrote {args.sheet}")
+    if args.output:
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def history(checkpoint: Path) -> dict:
+    """Of a run folder: settings, and the held-out loss by step. Of a file: nothing."""
+    if not (checkpoint / "log.jsonl").is_file():
+        return {}
+    lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
+    held_out = [(line["step"], round(line["held_out"], 6)) for line in lines if "held_out" in line]
+    kept = "steps", "batch", "lr", "seed", "s2x_weight", "align_depth", "init", "cue_injection"
+    settings = json.loads((checkpoint / "config.json").read_text())
+    return {name: settings[name] for name in kept} | {"held_out": held_out}
+
+
+def sheet_row(pair: Pair, video: np.ndarray) -> np.ndarray:
+    """reference | driver, output, truth at three moments, each twice its size."""
+    moments = [pair.reference]
+    for frame in (0, FRAMES // 2, FRAMES - 1):
+        moments += [
+            np.full((TOY_SIZE, 4, 3), 255, np.uint8),
+            pair.driver.video[frame],
+            video[frame],
+            pair.truth.video[frame],
+        ]
+    return np.concatenate(moments, axis=1).repeat(2, 0).repeat(2, 1)
+
+
+def table(answers: dict[str, dict]) -> str:
+    """Markdown, a line an answer."""
+    names = list(next(iter(answers.values())))
+    lines = ["| answer | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    cells = {a: " | ".join(f"{row[n]:.3f}" for n in names) for a, row in answers.items()}
+    return "\n".join(lines + [f"| {answer} | {row} |" for answer, row in cells.items()])
+
+
+# fmt: off
+def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    show = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="judge.py", description=__doc__.split("\n")[0], formatter_class=show)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", default=ASSETS / "toy.safetensors", help="run folder or weights file of stage 1 or 2")
+    add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
+    add("--pairs", type=int, default=64, help="pairs of a person and a motion, none of them in any training data")
+    add("--seeds", type=int, default=3, help="sampling seeds")
+    add("--steps", type=int, default=20, help="denoising steps")
+    add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="as the model was trained")
+    add("--joint-noise", type=float, default=0.0, help="as the model was trained")
+    add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")
+    add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
+    add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
+    add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
+    add("--strength", type=float, default=1.0, help="of --degrade, 0 to 1")
+    add("--sheet", type=Path, metavar="PNG", help="draw reference, driver, output and truth of the first pairs")
+    add("--rows", type=int, default=6, help="pairs on the sheet")
+    add("-o", "--output", type=Path, metavar="JSON", help="write the numbers")
+    return parser, parser.parse_args(argv)
+# fmt: on
+
+
+def main(argv=None) -> None:
+    parser, args = parse_args(argv)
+    try:
+        score(args)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

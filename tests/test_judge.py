@@ -1,0 +1,89 @@
+"""The judge of the drawn world is right about the truth itself, and about known mistakes."""
+
+import cv2
+import numpy as np
+import pytest
+
+import judge
+from evaluate import masked_l1
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return [judge.draw_pair(n) for n in range(2)]
+
+
+def test_pairs_are_people_and_motions_that_no_training_clip_has():
+    """data.py draws clips 0.. and 1,000,000.., other performers 500,000 further."""
+    used = set(range(100_000)) | set(range(500_000, 600_000)) | set(range(1_000_000, 1_700_000))
+    assert not used & {judge.FIRST + 10_000 * k + n for k in range(judge.PEOPLE) for n in range(10_000)}
+
+
+def test_the_locator_is_exact_on_the_truth_and_on_moved_truth(pairs):
+    """0 on the truth; a clip moved by (3, -4) is 5 pixels off at every joint whose patch stays inside."""
+    truth = pairs[0].truth
+    assert set(judge.joint_errors(truth, truth.video)) == {0.0}
+    moved = np.roll(truth.video, (-4, 3), axis=(1, 2))
+    errors = judge.joint_errors(truth, moved)
+    assert np.median(errors) == 5 and np.mean(np.array(errors) == 5) > 0.9
+
+
+def test_the_locator_forgives_blur_more_than_another_pose(pairs):
+    for pair in pairs:
+        blurred = np.stack([cv2.GaussianBlur(frame, (0, 0), 1.5) for frame in pair.truth.video])
+        still = np.stack([pair.reference] * judge.FRAMES)
+        blur, pose = (np.mean(judge.joint_errors(pair.truth, v)) for v in (blurred, still))
+        assert blur < 1.5 < pose
+
+
+def test_joints_behind_the_body_are_not_counted(pairs):
+    truth = pairs[0].truth
+    assert len(judge.joint_errors(truth, truth.video)) == truth.visible.sum() < truth.visible.size
+
+
+def test_the_nearest_person_is_who_is_shown(pairs):
+    """A on the truth, blurred or not; with the parts swapped, B and A."""
+    for pair in pairs:
+        assert judge.nearest_person(pair.truth.video, pair) == 0
+        assert judge.nearest_person(np.stack([cv2.GaussianBlur(f, (0, 0), 3) for f in pair.truth.video]), pair) == 0
+        swapped = pair._replace(truth=pair.driver, driver=pair.truth)  # now B is the one who should be shown
+        assert judge.nearest_person(pair.driver.video, swapped) == 0
+        assert judge.nearest_person(pair.truth.video, swapped) == 1
+
+
+def test_measures_of_the_truth_and_of_a_known_error(pairs):
+    """The mask is the silhouette, two pixels wider: what is wrong outside does not count."""
+    truth = pairs[0].truth
+    assert judge.measure(pairs[0], truth.video)["masked_l1"] == 0
+    wide = np.stack([cv2.dilate(b.astype(np.uint8), np.ones((5, 5), np.uint8)) for b in truth.body]) > 0
+    elsewhere = np.where(wide[..., None], truth.video, 255 - truth.video)
+    assert judge.measure(pairs[0], elsewhere)["masked_l1"] == 0
+    darker = (truth.video // 2).astype(np.uint8)
+    expected = np.mean([masked_l1(a, b, m) for a, b, m in zip(darker, truth.video, wide)])
+    assert judge.measure(pairs[0], darker)["masked_l1"] == pytest.approx(expected)
+
+
+def test_nothing_leaks_into_the_truth_and_a_pasted_driver_leaks_in_full(pairs):
+    """0 on the truth; half of both mixed 0.5 of the texture; the driver pasted in: her texture, and a ghost around A."""
+    for pair in pairs:
+        truth, driver = pair.truth.video, pair.driver.video
+        assert judge.leaks(pair, truth) == pytest.approx(dict(leak_color=0, leak_texture=0, leak_outline=0), abs=1e-5)
+        mixed = np.float32(truth) / 2 + np.float32(driver) / 2
+        assert judge.leaks(pair, mixed)["leak_texture"] == pytest.approx(0.5, abs=0.01)
+        pasted = judge.leaks(pair, np.where(pair.driver.body[..., None], driver, truth))
+        assert pasted["leak_texture"] > 0.8 and pasted["leak_color"] > 0.3 and pasted["leak_outline"] > 5
+        swapped = judge.leaks(pair._replace(truth=pair.driver, driver=pair.truth), driver)
+        assert swapped["leak_color"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["motion_blur", "low_light", "low_resolution"])
+def test_a_bad_driving_clip_changes_the_driver_alone(pairs, kind):
+    bad = judge.draw_pair(0, kind, 1.0)
+    assert np.array_equal(bad.truth.video, pairs[0].truth.video) and np.array_equal(bad.reference, pairs[0].reference)
+    assert np.array_equal(bad.driver.body, pairs[0].driver.body)
+    assert np.abs(np.float32(bad.driver.video) - pairs[0].driver.video)[bad.driver.body].mean() > 3
+
+
+def test_summary_takes_the_median_over_all_joints():
+    rows = [{"masked_l1": 1.0, "joint_error": [0.0, 0.0, 9.0]}, {"masked_l1": 3.0, "joint_error": [5.0, 7.0]}]
+    assert judge.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
