@@ -874,6 +874,25 @@ def finders(args: argparse.Namespace) -> Finder:
     return Finder(segmenter, face_finder, args.person, masks, reference_mask)
 
 
+def previews(args: argparse.Namespace) -> None:
+    """A sheet for one driving video, or a folder with a sheet for each of several; a clip that fails does not stop the rest."""
+    if len(args.drive) == 1:
+        return preview(argparse.Namespace(**vars(args) | {"drive": args.drive[0]}))
+    if args.output.suffix or args.masks:
+        raise ValueError(f"{len(args.drive)} driving videos: -o {args.output} must be a folder, and --masks fits one video")
+    args.output.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for drive in args.drive:
+        try:
+            print(f"{drive.name}: ", end="", flush=True)
+            preview(argparse.Namespace(**vars(args) | {"drive": drive, "output": args.output / f"{drive.stem}.png"}))
+        except (ValueError, OSError) as error:
+            print(f"no sheet: {error}")
+            failed.append(drive.name)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(args.drive)} videos have no sheet: {', '.join(failed)}")
+
+
 def preview(args: argparse.Namespace) -> None:
     from tqdm import tqdm
     check_output(args.output, args.reference, args.drive)
@@ -916,9 +935,9 @@ def main() -> None:
         "preview", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         help="draw all cues of a clip, for a person to judge")
     command.add_argument("reference", type=Path, help="picture of the person to animate")
-    command.add_argument("drive", type=Path, help="driving video, or folder of numbered frames")
+    command.add_argument("drive", type=Path, nargs="+", help="driving videos, or folders of numbered frames")
     command.add_argument("-o", "--output", type=Path, default="sheet.png",
-                         help=".png or .jpg: a sheet; .mp4: every frame")
+                         help=".png or .jpg: a sheet; .mp4: every frame; for several videos a folder of sheets")
     command.add_argument("--rows", type=int, default=8, metavar="N", help="frames on the sheet")
     command.add_argument("--fps", type=float, help="pick driving frames at this rate; all if not given")
     command.add_argument("--area", type=int, default=512 * 512,
@@ -927,7 +946,7 @@ def main() -> None:
     command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see preview --help)\n")
     args = parser.parse_args()
     try:
-        preview(args)
+        previews(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ the two passes; the preview command; real clips where test assets are present.
     pytest tests/test_cues.py          (-m slow adds segment-anything at full size with random weights)
 """
 
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -719,7 +720,22 @@ def test_preview_writes_a_sheet_and_a_film(files, monkeypatch, capsys):
     assert Video(files / "film.mp4").frames == 12 and Video(files / "film.mp4").width == 1600
 
 
+def test_several_videos_make_a_folder_of_sheets_and_one_that_fails_is_named(files, monkeypatch, capsys):
+    monkeypatch.setattr(cues, "finders", lambda args: Finder(
+        masks=[read_image(p) for p in sorted((files / "masks").iterdir(), key=lambda p: int(p.stem))],
+        reference_mask=paint_mask(OWN_BODY, OWN_FACE)))
+    shutil.copytree(files / "drive", files / "again")
+    (files / "text.mp4").write_text("not a video")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, files, "ref.png", "drive", "text.mp4", "again", "-o", "sheets", "--area", str(H * W))
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and "1 of 3 videos have no sheet: text.mp4" in said.err
+    assert "drive: 12 of 12 frames accepted" in said.out and "text.mp4: no sheet: " in said.out
+    assert sorted(p.name for p in (files / "sheets").iterdir()) == ["again.png", "drive.png"]
+
+
 @pytest.mark.parametrize("arguments, sentence", [
+    (("ref.png", "drive", "drive", "-o", "sheet.png"), "-o sheet.png must be a folder"),
     (("none.png", "drive", *EXACT), "none.png does not exist"),
     (("ref.png", "text.mp4", *EXACT), "text.mp4 cannot be opened"),
     (("ref.png", "drive", *EXACT, "-o", "nowhere/sheet.png"), "the folder nowhere does not exist"),
