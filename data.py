@@ -363,7 +363,8 @@ class Clips:
             raise FileNotFoundError(
                 f"{path}: no data folder there; make one with: python data.py toy -o {folder}, or data.py prepare"
             )
-        self.folder, self.args, self.scale, self.training = folder, args, scale, split == "train"
+        self.folder, self.args, self.scale, self.split = folder, args, scale, split
+        self.training = split == "train"
         self.buckets: dict[tuple, list] = {}  # clips of one shape: a batch is cut from one bucket
         for clip in map(json.loads, path.read_text().splitlines()):
             if clip["split"] == split and (args.stage != "2" or clip["pseudo"]):

@@ -396,7 +396,7 @@ def to_device(batch: dict, device, dtype) -> dict:
 
 
 def open_data(args, ranks: Ranks):
-    """(training samples, test samples or None). The drawn world is drawn first, if nobody did."""
+    """(training samples, samples for the reports or None). The drawn world is drawn first, if nobody did."""
     if args.stage == "vae":
         return data.Pictures(args), None
     if args.preset == "toy" and args.data == TOY_DATA and not (args.data / "clips.jsonl").exists():
@@ -405,13 +405,15 @@ def open_data(args, ranks: Ranks):
             data.make_toy(data.parse_args(["toy", "-o", str(args.data)])[1])
         ranks.wait()
     scale = VAE_PRESETS[DEFAULTS[args.preset]["vae_preset"]].scaling_factor
-    clips, test_clips = data.Clips(args.data, args, scale), None
+    clips, shown = data.Clips(args.data, args, scale), None
     if args.eval_every:
         try:
-            test_clips = data.Clips(args.data, args, scale, split="test")
+            shown = data.Clips(args.data, args, scale, split="test")
         except ValueError as error:
-            ranks.print(f"{error}: so there is no held-out loss and no sample strip")
-    return clips, test_clips
+            ranks.print(f"{error}: so there is no held-out loss, and the sample strips show training clips")
+            shown = data.Clips(args.data, args, scale)
+            shown.training = False  # no dropouts, no augmentation
+    return clips, shown
 
 
 def plan(args, clips, ranks: Ranks, compute, master) -> float:
@@ -459,7 +461,7 @@ def train(args) -> None:
     compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
-    clips, test_clips = open_data(args, ranks)
+    clips, shown = open_data(args, ranks)
     flops = 0.0 if args.stage == "vae" else plan(args, clips, ranks, compute, master)
     if args.compile and ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++, name one in CXX, or drop --compile")
@@ -558,25 +560,25 @@ def train(args) -> None:
             )
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with torch.compiler.set_stance("force_eager"):  # other batch sizes, seldom: not worth a compilation
-                report(args, done, objective, ema, test_clips, ranks, autocast, master, log)
+                report(args, done, objective, ema, shown, ranks, autocast, master, log)
         if done % args.save_every == 0 or done == args.steps:
             save_checkpoint(args, ranks, done, model, ema, optimizer)
     if ranks.count > 1:
         dist.destroy_process_group()
 
 
-def report(args, done, objective, ema, test_clips, ranks, autocast, dtype, log) -> None:
+def report(args, done, objective, ema, shown, ranks, autocast, dtype, log) -> None:
     """Held-out loss, sample strip and loss plot, all with the averaged weights."""
-    if test_clips is not None:
+    if shown is not None:
         with swapped(objective.model, ema):
-            value = held_out_loss(objective, test_clips, ranks, autocast, dtype)
-            strip = None
+            if shown.split == "test":
+                value = held_out_loss(objective, shown, ranks, autocast, dtype)
+                log({"step": done, "held_out": value})
+                ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
             if args.vae:
-                strip = sample_strip(args, objective.model, test_clips, ranks, autocast, dtype)
-        log({"step": done, "held_out": value})
-        ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
-        if strip is not None and ranks.rank == 0:
-            write_image(args.output / f"samples-{done:07d}.png", strip)
+                strip = sample_strip(args, objective.model, shown, ranks, autocast, dtype)
+                if ranks.rank == 0:
+                    write_image(args.output / f"samples-{done:07d}.png", strip)
     if ranks.rank == 0:
         plot_losses(args.output)
 

@@ -346,27 +346,25 @@ def test_export_writes_the_averaged_weights_in_bfloat16(folder, teacher, tmp_pat
         train.export(teacher, tmp_path / "out.bin")
 
 
-def test_strips_and_plots_are_written_while_it_runs(folder, tmp_path):
-    """A strip a report, as high as four clips, and one loss plot; the log has every term, by noise level too."""
+@pytest.mark.parametrize("test_split", [True, False])
+def test_strips_and_plots_are_written_while_it_runs(folder, tmp_path, test_split, capsys):
+    """A strip a report, as high as four clips, and one loss plot; the log has every term, by noise level too.
+
+    Without a test split the strips show training clips, and nothing is called held out.
+    """
     torch.manual_seed(0)
     save_weights(tmp_path / "vae.safetensors", CausalVAE(VAE_PRESETS["tiny"]))
-    run = run_training(
-        folder,
-        tmp_path / "run",
-        "--steps",
-        4,
-        "--eval-every",
-        2,
-        "--log-every",
-        1,
-        "--vae",
-        tmp_path / "vae.safetensors",
-    )
+    data = shutil.copytree(folder, tmp_path / "data")
+    if not test_split:
+        (data / "clips.jsonl").write_text((data / "clips.jsonl").read_text().replace("test", "train"))
+    often = "--steps", 4, "--eval-every", 2, "--log-every", 1
+    run = run_training(data, tmp_path / "run", *often, "--vae", tmp_path / "vae.safetensors")
     strips = [read_image(run / f"samples-{step:07d}.png") for step in (2, 4)]
     assert all(strip.shape == (4 * 48, 32 + 3 * 3 * 32, 3) for strip in strips) and not np.array_equal(*strips)
     assert read_image(run / "loss.png").std() > 10
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "held_out" in line] == [2, 4]
+    assert [line["step"] for line in lines if "held_out" in line] == ([2, 4] if test_split else [])
+    assert ("the sample strips show training clips" in capsys.readouterr().out) != test_split
     assert all(len(line["denoise_by_step"]) == 10 for line in lines if "denoise" in line)
 
 
