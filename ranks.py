@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -129,39 +130,75 @@ def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
 # ---- run folder ----------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(args, ranks: Ranks, step: int, model, ema, optimizer) -> None:
+class Saver:
     """step-0001200/: model.safetensors, ema.safetensors, and the optimizer in slices, one file a rank.
 
-    Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only.
+    Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only. In the background,
+    training goes on with the GPU's weights while copies in host memory are written, one checkpoint at a time; the
+    ranks then talk in a process group of their own, beside the gradients.
     """
-    run = args.output
-    final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
-    header = {"preset": args.preset, "stage": args.stage, "step": step, "window": args.window}
-    failure = None
-    if ranks.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    ranks.wait()
-    try:
-        for name, state in {"model": dict(model.named_parameters()), "ema": ema}.items():
-            if state := whole(state or {}, ranks):
-                save_weights(part / f"{name}.safetensors", model, state=state, **header)
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.save(state, checkpoint_id=part / "optimizer", no_dist=ranks.count == 1)
-    except (OSError, CheckpointException) as error:
-        failure = error
-    if ranks.count_all(failure is not None):
+
+    def __init__(self, args, ranks: Ranks, background: bool):
+        self.args, self.ranks = args, ranks
+        self.pool = ThreadPoolExecutor(1) if background else None
+        self.group = dist.new_group(backend="gloo") if ranks.count > 1 else None
+        self.pending: Future | None = None
+
+    def save(self, step: int, model, ema, optimizer) -> None:
+        """Raises OSError if this checkpoint, or the one still being written, cannot be."""
+        self.finish()
+        copied = self.pool is not None and self.ranks.device.type == "cpu"  # of a GPU's weights `whole` makes copies
+        copy = (lambda t: t.clone() if isinstance(t, Tensor) else t) if copied else lambda t: t
+        weights = {"model": whole(dict(model.named_parameters()), self.ranks), "ema": whole(ema or {}, self.ranks)}
+        weights = {name: {k: copy(v) for k, v in state.items()} for name, state in weights.items() if state}
+        state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=self.pool is not None))
+        state["state"] = {name: {k: copy(v) for k, v in moments.items()} for name, moments in state["state"].items()}
+        if self.pool is None:
+            return self.write(step, model, weights, state)
+        self.pending = self.pool.submit(self.write, step, model, weights, state)
+
+    def finish(self) -> None:
+        """Wait for what is still being written."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def write(self, step: int, model, weights: dict, optimizer: dict) -> None:
+        args, ranks, run = self.args, self.ranks, self.args.output
+        final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
+        header = {"preset": args.preset, "stage": args.stage, "step": step, "window": args.window}
+        failure = None
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        raise OSError(save_error(run, model, ema, failure)) from None
-    if ranks.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        for old in checkpoints(run)[: -args.keep or None]:
-            shutil.rmtree(old)
+            part.mkdir(parents=True)
+        self.count(0)  # the folder is there for all
+        try:
+            for name, state in weights.items():
+                save_weights(part / f"{name}.safetensors", model, state=state, **header)
+            whole_state = {"optimizer": optimizer}
+            place = part / "optimizer"
+            dcp.save(whole_state, checkpoint_id=place, process_group=self.group, no_dist=self.group is None)
+        except (OSError, CheckpointException) as error:
+            failure = error
+        if self.count(failure is not None):
+            if ranks.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(save_error(run, model, len(weights) > 1, failure)) from None
+        if ranks.rank == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            for old in checkpoints(run)[: -args.keep] if args.keep else ():
+                shutil.rmtree(old)
+
+    def count(self, number: int) -> int:
+        """Summed over the ranks, each of which waits for the others."""
+        total = torch.tensor(int(number))
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return int(total)
 
 
-def save_error(run: Path, model: nn.Module, ema: dict | None, failure: BaseException | None) -> str:
+def save_error(run: Path, model: nn.Module, ema: bool, failure: BaseException | None) -> str:
     numbers = sum(p.numel() for p in model.parameters())
     need, free = numbers * 4 * (4 if ema else 3), shutil.disk_usage(run).free
     full = free < need or getattr(failure, "errno", None) == errno.ENOSPC

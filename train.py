@@ -94,6 +94,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of every random draw")
     add("--log-every", type=int, default=20, help="steps between log lines")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--async-save", action=argparse.BooleanOptionalAction,
+        help="go on training while a checkpoint is written from a copy in host memory (default: on GPUs)")
     add("--keep", type=int, default=2, help="checkpoints to keep, the newest; 0: all")
     add("--eval-every", type=int, default=500, help="steps between held-out losses, plots and sample strips; 0: never")
     args = parser.parse_args(argv)
@@ -139,7 +141,7 @@ import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
 from load_cogvideox import load_transformer, load_vae, load_weights, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
-from ranks import Ranks, load_checkpoint, rewind_log, save_checkpoint, shard, swapped  # noqa: E402
+from ranks import Ranks, Saver, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
@@ -496,6 +498,7 @@ def train(args) -> None:
     run.mkdir(parents=True, exist_ok=True)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
     start = load_checkpoint(args, ranks, model, ema, optimizer) if args.resume or restarted else 0
+    saver = Saver(args, ranks, args.async_save if args.async_save is not None else ranks.device.type == "cuda")
     if ranks.rank == 0:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         (run / "config.json").write_text(json.dumps(settings, indent=1))
@@ -562,7 +565,8 @@ def train(args) -> None:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes, seldom: not worth a compilation
                 report(args, done, objective, ema, shown, ranks, autocast, master, log)
         if done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, ranks, done, model, ema, optimizer)
+            saver.save(done, model, ema, optimizer)
+    saver.finish()
     if ranks.count > 1:
         dist.destroy_process_group()
 

@@ -377,6 +377,12 @@ def test_a_resumed_log_has_every_step_once(folder, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("keep, kept", [(0, [1, 2, 3]), (2, [2, 3])])
+def test_the_newest_checkpoints_are_kept_and_with_0_all(folder, tmp_path, keep, kept):
+    run = run_training(folder, tmp_path / "run", "--steps", 3, "--save-every", 1, "--keep", keep)
+    assert [path.name for path in checkpoints(run)] == [f"step-{step:07d}" for step in kept]
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(folder, tmp_path, monkeypatch):
     run = run_training(folder, tmp_path / "run", "--steps", 2)
     before = weights_of(run)
@@ -391,6 +397,40 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(fold
         assert "disk is full" in said and "MiB" in said
         assert all(torch.equal(before[k], weights_of(run)[k]) for k in before)
         assert [p.name for p in run.glob(".part*")] == [], "nothing half-written"
+
+
+def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(folder, tmp_path, monkeypatch):
+    """Writing waits until the weights have moved on: what is written must be the copy, bit for bit."""
+    common = "--steps", 6, "--save-every", 3, "--keep", 0
+    straight = run_training(folder, tmp_path / "a", *common)
+    save = ranks.dcp.save
+    monkeypatch.setattr(ranks.dcp, "save", lambda *args, **kwargs: (time.sleep(1), save(*args, **kwargs)))
+    saves = ranks.save_weights
+    monkeypatch.setattr(ranks, "save_weights", lambda *args, **kwargs: (time.sleep(1), saves(*args, **kwargs)))
+    behind = run_training(folder, tmp_path / "b", *common, "--async-save")
+    for file in ("model.safetensors", "ema.safetensors", "optimizer/__0_0.distcp"):
+        a, b = ((run / "step-0000003" / file).read_bytes() for run in (straight, behind))
+        assert a == b and len(a) > 1e5, file
+    assert [p.name for p in checkpoints(behind)] == ["step-0000003", "step-0000006"]
+
+
+def test_a_disk_that_fills_in_the_background_is_said_too(folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ranks, "save_weights", full)
+    assert "disk is full" in mistake(folder, tmp_path / "run", "--steps", 2, "--async-save")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_ranks_that_save_in_the_background_write_what_they_would_have_written(folder, tmp_path, shard):
+    runs = tmp_path / "a", tmp_path / "b"
+    for run, flag in zip(runs, ("--no-async-save", "--async-save")):
+        torchrun(2, arguments(folder, run, "--steps", 20, "--save-every", 2, "--keep", 0, "--shard", shard, flag))
+    for a in checkpoints(runs[0]):
+        for name in ("model.safetensors", "ema.safetensors", "optimizer/__0_0.distcp", "optimizer/__1_0.distcp"):
+            assert (a / name).read_bytes() == (runs[1] / a.name / name).read_bytes(), f"{a.name}/{name}"
 
 
 def kill_at(folder, run, seconds, *extra):
