@@ -16,6 +16,7 @@ import copy
 import ctypes
 import gc
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -408,20 +409,22 @@ def bench_dit(setting: Setting) -> Iterator[dict]:
         yield row(what, words, share, ">= 0.85 or the last")
 
 
-def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], None]:
-    """A function that does with a batch what a step of train.py does: forward, backward, AdamW."""
+def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], float]:
+    """A function that does with a batch what a step of train.py does: forward, backward, AdamW; the loss."""
     import train
 
     objective = train.Denoising(model.requires_grad_(True).train(), align_depth=1)
     groups = train.parameter_groups(model, 1e-4)
     optimizer = torch.optim.AdamW(groups, 2e-5, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
-    def step(batch: dict) -> None:
+    def step(batch: dict) -> float:
         with torch.autocast(device.type, BF16):
             losses = objective(batch)
-        train.total_loss(losses, SimpleNamespace(s2x_weight=0.5)).backward()
+        loss = train.total_loss(losses, SimpleNamespace(s2x_weight=0.5))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
     return step
 
@@ -487,6 +490,32 @@ def train_full_width(setting: Setting) -> Iterator[dict]:
         yield row(what, words, flops / seconds / best, dtype=AUTOCAST, **figures)
 
 
+def step_memory(config: DiTConfig, slots: int, side: int, text: int) -> tuple[float, int]:
+    """A step of stage 1 with checkpointing -> its loss, and the bytes held at its fullest; for a fresh process."""
+    small = random_batch(tiny := DIT_PRESETS["tiny"], 4, 8, 8, CPU, torch.float32)
+    step_of(DiT(tiny), CPU)(small)  # loads libraries
+    batch, before = random_batch(config, slots, side, text, CPU, torch.float32), anonymous()
+    model = DiT(config)
+    model.checkpointing = True
+    step, losses = step_of(model, CPU), []
+    step(batch)  # makes the optimizer's states
+    settle()
+    held = anonymous() - before
+    more = peak(lambda: losses.append(step(batch)), CPU)
+    return losses[0], held + more
+
+
+def train_memory(setting: Setting, config: DiTConfig, slots: int, side: int, text: int) -> dict:
+    """The peak of a whole step beside what budget.py, and so --dry-run, says of it."""
+    parts = budget.memory(config, 1, "none", False, 0, budget.tokens(slots, side, side), text, 1, True)
+    loss, held = fresh(step_memory, config, slots, side, text)
+    if not math.isfinite(loss):
+        raise ValueError(f"a step of full width gives a loss of {loss}")
+    figures = {"loss": loss, "measured MiB": held / MIB, "predicted MiB": sum(parts.values()) / MIB}
+    what, words = "peak memory of a step with cues: distance from budget.py", token_words(config, slots, side, text)
+    return row(what, words, abs(held / sum(parts.values()) - 1), "<= 0.1", AUTOCAST, repeats=1, **figures)
+
+
 def bench_train(setting: Setting) -> Iterator[dict]:
     wide, *size = setting.dit
     middle = replace(wide, cue_channels=0) if setting.small else MIDDLE
@@ -497,6 +526,8 @@ def bench_train(setting: Setting) -> Iterator[dict]:
         settle()
     if setting.gpu:
         yield from train_full_width(setting)
+    else:
+        yield train_memory(setting, two, *(size if setting.small else (14, 64, 226)))
 
 
 def our_pipeline(vae: CausalVAE, dit: DiT, given: dict, steps: int, device, log: list) -> Callable:

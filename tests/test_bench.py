@@ -120,7 +120,7 @@ def in_this_process(monkeypatch):
         ("vae", ["encode: our error", "encode: diffusers' time", "channels-last", "encode: our peak memory",
                  "decode: our error", "decode: diffusers' time", "channels-last", "decode: our peak memory"]),
         ("dit", ["forward, eager: diffusers' time", "share of the ceiling"]),
-        ("train", ["step without cues", "what cues add", "teacher"]),
+        ("train", ["step without cues", "what cues add", "teacher", "peak memory of a step"]),
         ("pipeline", ["picture and cues to frames", "Table 7"]),
     ],
 )  # fmt: skip
