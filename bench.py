@@ -413,6 +413,7 @@ def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], float]:
     """A function that does with a batch what a step of train.py does: forward, backward, AdamW; the loss."""
     import train
 
+    train.keep_freed_memory()  # for both sides
     objective = train.Denoising(model.requires_grad_(True).train(), align_depth=1)
     groups = train.parameter_groups(model, 1e-4)
     optimizer = torch.optim.AdamW(groups, 2e-5, betas=(0.9, 0.95), eps=1e-8, fused=True)

@@ -141,7 +141,7 @@ import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
 from load_cogvideox import load_transformer, load_vae, load_weights, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
-from ranks import Ranks, Saver, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
+from ranks import Ranks, Saver, keep_freed_memory, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
@@ -451,8 +451,6 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
     if room and needed(args.shard, *here) > room:
         nearest = budget.nearest_fit(room, args.shard, *here, needed)
         raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
-    if ranks.device.type == "cpu" and video + text < 1024:  # the switch rules the CPU's kernel too, whose backward pass
-        torch.backends.cuda.enable_flash_sdp(False)  # is slow for few tokens: 12 % of a toy step
     if peak := ranks.peak():
         ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")
     return flops
@@ -460,6 +458,8 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
 
 def train(args) -> None:
     ranks, run = Ranks(args.device), args.output
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import DIT_PRESETS, CueFusion, DiT, DiTConfig, patchify, rope_table, rotate, sinusoid, unpatchify
+from model import attend, DIT_PRESETS, CueFusion, DiT, DiTConfig, patchify, rope_table, rotate, sinusoid, unpatchify
 
 CONFIG = DiTConfig(
     dim=96,
@@ -531,3 +531,14 @@ def test_python_model_py_prints_the_shapes_of_one_forward(capsys):
     printed = capsys.readouterr().out
     assert "blocks.0.cues  [(1, 108, 256), (1, 108, 256), (1, 108, 256)]" in printed
     assert "(1, 6, 16, 12, 12)" in printed and f"{count(DIT_PRESETS['toy']):,} parameters" in printed
+
+
+def test_attention_written_out_for_training_is_the_fused_one():
+    """Output and gradients in float64; catches a missing scale or a softmax over the wrong axis."""
+    q, k, v = (torch.randn(2, 3, S, 16, dtype=torch.float64, requires_grad=True) for S in (5, 7, 7))
+    weight = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    found, expected = attend(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (found, expected))):
+        assert torch.allclose(a, b, rtol=1e-10)
+    assert torch.allclose(attend(q.detach(), k, v), expected, rtol=1e-12)
