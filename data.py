@@ -531,7 +531,7 @@ class Pictures:
 def prefetched(items: Iterable) -> Iterator:
     """The items, each made in a thread while the one before it is used."""
     items, end = iter(items), object()
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # leave the cores to the step
         upcoming = pool.submit(next, items, end)
         while (item := upcoming.result()) is not end:
             upcoming = pool.submit(next, items, end)

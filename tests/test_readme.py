@@ -56,3 +56,10 @@ def test_names_in_readme_exist():
         if name != "py":
             text = (ROOT / f"{module}.py").read_text()
             assert re.search(rf"^(class|def) {name}\b|^{name} =", text, flags=re.M), f"{module}.{name}"
+
+
+def test_the_generated_parts_are_those_of_this_code():
+    """Shapes of a batch, lengths of files, places of equations and tests: python tour.py --write makes them."""
+    import tour
+
+    assert tour.refreshed(README) == README, "run: python tour.py --write"
