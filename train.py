@@ -32,11 +32,11 @@ ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
 DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
-    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), lr=2e-5, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
+    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), lr=2e-5, cue_lr=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
-    "toy": dict(steps=(4500, 14_000, 2000, 1600), lr=5e-4, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
+    "toy": dict(steps=(4500, 14_000, 2000, 1600), lr=5e-4, cue_lr=8.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
                 checkpointing=False, window=5, vae_preset="toy"),
-    "tiny": dict(steps=(10, 10, 10, 10), lr=1e-3, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
+    "tiny": dict(steps=(10, 10, 10, 10), lr=1e-3, cue_lr=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
 }
 
@@ -68,6 +68,7 @@ def parse_args(argv=None):
     add("--batch", type=int, default=default["batch"], help="samples per rank and forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimiser step")
     add("--lr", type=float, default=default["lr"], help="learning rate between warm-up and cool-down")
+    add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which start at zero")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--cooldown", type=float, default=default["cooldown"], help="last part of the steps, rate falling to 0")
     add("--weight-decay", type=float, default=1e-4, help="AdamW's; none on biases and norms")
@@ -255,11 +256,21 @@ def load_teacher(args, dtype, device) -> DiT | None:
     return teacher.to(device).requires_grad_(False).eval()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """No decay on biases and norms; decay would also pull CueFusion's -1 biases away from the identity."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed, plain = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, weight_decay: float, cue_rate: float = 1.0) -> list[dict]:
+    """No decay on biases and norms; decay would also pull CueFusion's -1 biases away from the identity.
+
+    The cue layers start at zero, and Adam moves a weight by one learning rate a step at most: with `cue_rate` they
+    learn faster than the backbone around them.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            fresh = ".cues." in name or name.startswith(("pose_embed", "face_embed"))
+            groups.setdefault((p.ndim >= 2, fresh), []).append(p)
+    return [
+        {"params": params, "weight_decay": weight_decay * decayed, "rate": cue_rate if fresh else 1.0}
+        for (decayed, fresh), params in groups.items()
+    ]
 
 
 def learning_rate(step: int, args) -> float:
@@ -492,7 +503,7 @@ def train(args) -> None:
     if ranks.count > 1 and args.shard in ("none", None):
         wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)  # else gradients exist twice
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
-    groups = parameter_groups(model, args.weight_decay)
+    groups = parameter_groups(model, args.weight_decay, args.cue_lr)
     optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     run.mkdir(parents=True, exist_ok=True)
@@ -541,7 +552,7 @@ def train(args) -> None:
             raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: "
                              "lower --lr, or --resume")  # fmt: skip
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(step, args) * group["rate"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -549,7 +560,7 @@ def train(args) -> None:
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": group["lr"]}
+            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": learning_rate(step, args)}
             elapsed = time.perf_counter() - began
             rate, waiting = (done - start) / elapsed, waited / elapsed
             left = (args.steps - done) / rate

@@ -246,6 +246,19 @@ def test_noise_levels_cover_their_intervals_and_samples_do_not_depend_on_ranks(f
     assert len(orders) == 4
 
 
+def test_cue_layers_learn_faster_and_biases_do_not_decay():
+    """Each parameter in one group; 8 x for CueFusion and the cue embeddings alone."""
+    model = DiT(DIT_PRESETS["tiny"])
+    groups = train.parameter_groups(model, 0.1, 8.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["rate"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert len(found) == len(names) == sum(len(group["params"]) for group in groups)
+    fresh = {name for name, (rate, _) in found.items() if rate == 8}
+    assert fresh == {n for n in found if ".cues." in n or n.startswith(("pose_embed.", "face_embed."))} and fresh
+    decayed = {name for name, (_, decay) in found.items() if decay}
+    assert decayed == {name for name, p in model.named_parameters() if p.ndim > 1}
+
+
 def test_learning_rate_warms_up_stays_and_cools_down(folder, tmp_path):
     _, args = train.parse_args(
         arguments(folder, tmp_path, "--steps", 100, "--warmup", 10, "--cooldown", 0.2, "--lr", 1)
