@@ -398,6 +398,8 @@ class Clips:
         for i in indices:
             sample = self.sample(bucket, places[i], keyed(self.args.seed, step, i))
             level = (order[i] + keyed(self.args.seed, step, i, 1).random()) / G
+            shift = self.args.noise_shift if self.training else 1
+            level = shift * level / (1 + (shift - 1) * level)
             samples.append(sample | {"step": torch.tensor(int(1000 * level))})
         return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
 
@@ -498,7 +500,7 @@ class Clips:
 
 
 class Pictures:
-    """What the drawn world's VAE learns from: pieces of drawn clips (half of them), of pose cues and of face cues."""
+    """What the drawn world's VAE learns from: pieces of drawn clips (two of three), of pose cues and of face cues."""
 
     def __init__(self, args, clips: int = 500):
         self.args, self.pool = args, []
@@ -507,7 +509,7 @@ class Pictures:
             track = cues.analyse(clip.video, clip.video[0], toy_finder(clip), cues.CueOptions(align="none"))
             pose, face, _, _ = (np.stack(part) for part in zip(*cues.render(clip.video, track)))
             small = [((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)]
-            self.pool.append((clip.video, clip.video, *small))
+            self.pool.append(([clip.video] * 4 + small, clip.body))
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -519,13 +521,23 @@ class Pictures:
         frames, size, count = ((9, TOY_SIZE // 2, 4), (9, TOY_SIZE, 1), (17, TOY_SIZE // 2, 2))[kind]
         videos, noises = [], []
         for generator in (keyed(self.args.seed, step, i, k) for i in indices for k in range(count)):
-            video = self.pool[generator.integers(len(self.pool))][generator.integers(4)]
-            t, y, x = generator.integers(np.array(video.shape[:3]) - (frames, size, size), endpoint=True)
-            piece = video[t : t + frames, y : y + size, x : x + size]
+            pieces, body = self.pool[generator.integers(len(self.pool))]
+            t, y, x = self.corner(body, frames, size, generator)
+            piece = pieces[generator.integers(len(pieces))][t : t + frames, y : y + size, x : x + size]
             videos.append(to_tensor(np.ascontiguousarray(piece[:, :, :: int(generator.choice([-1, 1]))])))
             latent = ((frames - 1) // 4 + 1, 16, size // 8, size // 8)
             noises.append(torch.from_numpy(generator.standard_normal(latent, np.float32)))
         return {"video": torch.stack(videos), "noise": torch.stack(noises)}
+
+    @staticmethod
+    def corner(body: np.ndarray, frames: int, size: int, generator: np.random.Generator) -> tuple[int, int, int]:
+        """(t, y, x) where a piece starts: three of four show a point of the person, who is the hard part of a picture."""
+        t, y, x = generator.integers(np.array(body.shape) - (frames, size, size), endpoint=True)
+        person = np.argwhere(body[t])
+        if len(person) and generator.random() < 0.75:
+            point = person[generator.integers(len(person))] - generator.integers(size, size=2)
+            y, x = np.clip(point, 0, np.array(body.shape[1:]) - size)
+        return int(t), int(y), int(x)
 
 
 def prefetched(items: Iterable) -> Iterator:

@@ -103,7 +103,7 @@ def draw_wardrobe(rng: np.random.Generator) -> tuple[dict, dict]:
                  top=rng.choice(list(PATTERNS), p=(.1, .2, .15, .15, .2, .2)),
                  bottom=rng.choice(list(PATTERNS), p=(.45, .05, .15, .1, .15, .1)),
                  beard=rng.random() < .18, glasses=rng.random() < .15, boots=rng.random() < .3,
-                 parting=rng.uniform(-.35, .35), hem=rng.uniform(.11, .2), period=rng.uniform(.062, .085))
+                 parting=rng.uniform(-.35, .35), hem=rng.uniform(.11, .2), period=rng.uniform(.09, .13))
     style["beard"] &= style["hair"] not in ("bob", "long")
     if style["outfit"] == "overalls":
         style["bottom"] = "plain"
@@ -322,7 +322,7 @@ def motion_pose(seed: int, seconds: np.ndarray) -> dict:
     weights = np.array([OFTEN.get(name, 1) for name in MOTIONS])
     name = rng.choice(list(MOTIONS), p=weights / weights.sum())
     legs, upper, facing, tempo = MOTIONS[name]
-    bars, beat = 4 if name == "dance" else 1, seconds / rng.uniform(*tempo) + rng.uniform(0, 16)
+    bars, beat = 4 if name == "dance" else 1, seconds / (1.4 * rng.uniform(*tempo)) + rng.uniform(0, 16)
     legs, upper = rng.choice(legs.split(), bars), rng.choice(upper.split(), bars)
     legs = np.concatenate([score_keys(LEGS[bar], LEG_POSES, 1) for bar in legs])
     upper = np.concatenate([score_keys(UPPER[bar], ARMS, 3) for bar in upper])
@@ -408,7 +408,7 @@ def camera_track(seed: int, seconds: np.ndarray, height: int, width: int) -> dic
         scale = rng.uniform(1.2, 1.45)
         feet = height * rng.uniform(.06, .12) + 1.03 * scale * side
     else:
-        scale = rng.uniform(.6, .8)
+        scale = rng.uniform(.7, .81)
         feet = height * rng.uniform(max(.86, 1.19 * scale), .965)
     x, moves, rate, phase = rng.uniform(.42, .58), rng.random(2) < .3, 1 / rng.uniform(4, 8), rng.random(2)
     sway = .05 * moves * np.sin(2 * np.pi * (seconds[:, None] * rate + phase))

@@ -38,7 +38,7 @@ class VAEConfig:
 
 VAE_PRESETS = {
     "cogvideox1.5": VAEConfig((128, 256, 256, 512), 3, 16, 32, 0.7),
-    "toy": VAEConfig((16, 32, 48, 48), 1, 16, 4, 1.0),
+    "toy": VAEConfig((32, 32, 40, 48), 1, 16, 4, 1.0),
     "tiny": VAEConfig((8, 8, 16, 16), 1, 16, 4, 0.7),
 }
 
