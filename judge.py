@@ -36,12 +36,13 @@ from data import write_text
 from diffusion import Schedule, dpm_solver
 from evaluate import masked_l1, masked_psnr
 from load_cogvideox import load_weights, pick_device
-from video import write_image
+from video import write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
 FRAMES, REFERENCE_FRAME = 17, 32  # one window of 5 latents; the reference is a later moment
 REACH, PATCH = 16, 6  # pixels that `locate` searches to each side, and half a patch
 PEOPLE = 16
+AI_GENERATED = "AI-generated: drawn figures"
 
 
 class Pair(NamedTuple):
@@ -202,11 +203,13 @@ def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int)
 
 def score(args) -> dict:
     """Numbers of the model, for each sampling seed, and of the trivial answers: means over pairs."""
+    if args.sheet and args.sheet.suffix not in (".png", ".gif"):
+        raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png or .gif")
     dtype = pick_device("cpu")[1]
     model, header = load_weights(args.checkpoint, dtype)
     vae = load_weights(args.vae, dtype)[0].eval()
     rows = {name: [] for name in ("still reference", "driver's frames", *(f"seed {s}" for s in range(args.seeds)))}
-    sheet = []
+    shown = []
     for first in tqdm(range(0, args.pairs, 8), desc="score", unit="batch"):
         numbers = list(range(first, min(first + 8, args.pairs)))
         pairs = [draw_pair(n, args.degrade, args.strength) for n in numbers]
@@ -215,15 +218,15 @@ def score(args) -> dict:
         for seed in range(args.seeds):
             videos = generate(model.eval(), vae, pairs, numbers, args, seed)
             rows[f"seed {seed}"] += [measure(p, video) for p, video in zip(pairs, videos)]
-            if seed == 0 and len(sheet) < args.rows:
-                sheet += [sheet_row(p, video) for p, video in zip(pairs, videos)]
+            if seed == 0 and len(shown) < args.rows:
+                shown += zip(pairs, videos)
     answers = {name: summary(values) for name, values in rows.items()}
     result = {name: header.get(name) for name in ("stage", "step")} | {"checkpoint": str(args.checkpoint)}
     result |= {"pairs": args.pairs, "sampling_steps": args.steps, "degrade": args.degrade, "strength": args.strength}
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
     if args.sheet:
-        write_image(args.sheet, np.concatenate(sheet[: args.rows]), comment="AI-generated: drawn figures")
+        write_sheet(args.sheet, shown[: args.rows])
         print(f"wrote {args.sheet}")
     if args.output:
         write_text(args.output, json.dumps(result, indent=1) + "\n")
@@ -241,17 +244,21 @@ def history(checkpoint: Path) -> dict:
     return {name: settings[name] for name in kept} | {"held_out": held_out}
 
 
-def sheet_row(pair: Pair, video: np.ndarray) -> np.ndarray:
-    """reference | driver, output, truth at three moments, each twice its size."""
-    moments = [pair.reference]
-    for frame in (0, FRAMES // 2, FRAMES - 1):
-        moments += [
-            np.full((TOY_SIZE, 4, 3), 255, np.uint8),
-            pair.driver.video[frame],
-            video[frame],
-            pair.truth.video[frame],
-        ]
-    return np.concatenate(moments, axis=1).repeat(2, 0).repeat(2, 1)
+def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
+    """reference | driver, output, truth; a row a pair, twice its size. As PNG three moments, as GIF all frames."""
+
+    def row(pair: Pair, video: np.ndarray, frames: tuple) -> np.ndarray:
+        gap = np.full((TOY_SIZE, 4, 3), 255, np.uint8)
+        moments = [(gap, pair.driver.video[f], video[f], pair.truth.video[f]) for f in frames]
+        return np.concatenate([pair.reference, *(picture for moment in moments for picture in moment)], axis=1)
+
+    def sheet(*frames: int) -> np.ndarray:
+        return np.concatenate([row(*entry, frames) for entry in shown]).repeat(2, 0).repeat(2, 1)
+
+    if path.suffix == ".gif":
+        write_gif(path, [sheet(f) for f in range(FRAMES)], toy.FPS, comment=AI_GENERATED)
+    else:
+        write_image(path, sheet(0, FRAMES // 2, FRAMES - 1), comment=AI_GENERATED)
 
 
 def table(answers: dict[str, dict]) -> str:
@@ -280,7 +287,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
     add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
     add("--strength", type=float, default=1.0, help="of --degrade, 0 to 1")
-    add("--sheet", type=Path, metavar="PNG", help="draw reference, driver, output and truth of the first pairs")
+    add("--sheet", type=Path, metavar="FILE", help=".png or .gif: reference, driver, output and truth of the first pairs")
     add("--rows", type=int, default=6, help="pairs on the sheet")
     add("-o", "--output", type=Path, metavar="JSON", help="write the numbers")
     return parser, parser.parse_args(argv)

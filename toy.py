@@ -24,6 +24,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from video import write_gif
+
 FPS = 16
 SUPER = 3       # people are drawn at SUPER x the frame size and averaged: nine samples a pixel
 FACTORS = ("identity", "motion", "expression", "camera", "background")
@@ -806,9 +808,7 @@ def main() -> None:
     if still:
         cv2.imwrite(str(args.output), frames[0])
     if kind == ".gif":
-        animation = cv2.Animation()
-        animation.frames, animation.durations = frames, [1000 // FPS] * len(frames)
-        cv2.imwriteanimation(str(args.output), animation)
+        write_gif(args.output, sheet, FPS, comment="drawn")
     if kind == ".mp4":
         height, width = (side // 2 * 2 for side in sheet.shape[1:3])           # the codec wants even sides
         writer = cv2.VideoWriter(str(args.output), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (width, height))

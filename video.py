@@ -307,6 +307,18 @@ def write_image(path: str | Path, image: np.ndarray, comment: str = COMMENT) -> 
         part.write_bytes(data)
 
 
+def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float, comment: str = COMMENT) -> None:
+    """(H, W, 3) uint8 RGB each -> a GIF that repeats for ever, `comment` in a comment block. Dithered to 256 colours."""
+    animation = cv2.Animation()
+    animation.frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2BGR) for frame in frames]
+    animation.durations = [round(1000 / fps)] * len(animation.frames)
+    with _atomic(Path(path), ".gif") as part:
+        dither = [cv2.IMWRITE_GIF_DITHER, cv2.IMWRITE_GIF_FAST_FLOYD_DITHER]      # the default is three times as far off
+        data = cv2.imencodeanimation(".gif", animation, dither)[1].tobytes()
+        text = comment.encode("latin-1", "replace")[:255]
+        part.write_bytes(data[:-1] + b"!\xfe" + bytes([len(text)]) + text + b"\0;")  # the last byte, ;, ends a GIF
+
+
 def _sound(path: str | Path, sink: av.container.OutputContainer) -> Iterator[tuple[Fraction, av.Packet]]:
     """(end in seconds, packet) of the first audio stream of `path`, counted from its first frame if any.
 

@@ -6,6 +6,7 @@ import pytest
 
 import judge
 from evaluate import masked_l1
+from video import Video, read_image
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +88,21 @@ def test_a_bad_driving_clip_changes_the_driver_alone(pairs, kind):
 def test_summary_takes_the_median_over_all_joints():
     rows = [{"masked_l1": 1.0, "joint_error": [0.0, 0.0, 9.0]}, {"masked_l1": 3.0, "joint_error": [5.0, 7.0]}]
     assert judge.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
+
+
+def test_a_sheet_shows_reference_driver_output_and_truth(pairs, tmp_path):
+    """A row a pair; three moments as PNG, every frame as GIF; another name is refused before anything is drawn."""
+    shown = [(pair, pair.truth.video) for pair in pairs]
+    judge.write_sheet(tmp_path / "sheet.png", shown)
+    sheet = read_image(tmp_path / "sheet.png")
+    side, gap = 2 * judge.TOY_SIZE, 8
+    assert sheet.shape == (2 * side, side + 3 * (gap + 3 * side), 3)
+    assert np.array_equal(sheet[:side:2, :side:2], pairs[0].reference)
+    first = sheet[::2, side + gap : side + gap + 3 * side : 2].reshape(2, judge.TOY_SIZE, 3, judge.TOY_SIZE, 3)
+    for row, pair in zip(first, pairs):
+        assert np.array_equal(row[:, 0], pair.driver.video[0]) and np.array_equal(row[:, 2], pair.truth.video[0])
+    judge.write_sheet(tmp_path / "sheet.gif", shown)
+    assert len(list(Video(tmp_path / "sheet.gif"))) == judge.FRAMES
+    with pytest.raises(SystemExit) as stop:
+        judge.main(["--sheet", str(tmp_path / "sheet.bmp")])
+    assert stop.value.code == 2

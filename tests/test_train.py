@@ -596,6 +596,7 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "--teacher" in mistake(folder, tmp_path / "r", stage="2")
     assert "nowhere" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "nowhere", stage="2")
     assert "data.py" in mistake(tmp_path, tmp_path / "r")
+    assert "--compile is for the DiT" in mistake(folder, tmp_path / "r", "--compile", stage="vae")
     other = tmp_path / "other.safetensors"
     save_weights(other, DiT(DIT_PRESETS["toy"]), preset="toy", stage="1", step=1)
     assert "dim" in mistake(folder, tmp_path / "r", "--teacher", other, stage="2")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from video import (  # noqa: E402
     Video, check_output, cover, letterbox, letterbox_box, output_size, read_image, resize, write_image,
-    write_video)
+    write_gif, write_video)
 
 ASSETS = Path(os.environ.get("ASSETS", ROOT.parent / "shared/assets"))
 CLIPS = sorted((ASSETS / "video").glob("*.mp4"))
@@ -600,6 +600,19 @@ def test_written_colours_come_back_and_are_tagged_bt709(tmp_path):
         codec = container.streams.video[0].codec_context
         assert (codec.name, codec.pix_fmt) == ("h264", "yuv420p")
         assert codec.colorspace == codec.color_primaries == codec.color_trc == codec.color_range == 1
+
+
+def test_a_gif_has_every_frame_its_rate_and_its_comment(tmp_path):
+    """Read back by another decoder (PyAV): pictures to within the 256 colours, 1/16 s a frame."""
+    frames = [np.full((32, 48, 3), (20 * k, 100, 255 - 20 * k), np.uint8) for k in range(5)]
+    write_gif(tmp_path / "a.gif", frames, 16, comment="AI-generated test")
+    assert b"!\xfe\x11AI-generated test\0;" == (tmp_path / "a.gif").read_bytes()[-22:]
+    with av.open(str(tmp_path / "a.gif")) as container:
+        found = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert abs(float(container.streams.video[0].average_rate) - 16) < 1
+    assert len(found) == 5 and np.abs(np.float32(found) - frames).mean() < 8
+    with pytest.raises(ValueError, match="a.webp must end in .gif"):
+        write_gif(tmp_path / "a.webp", frames, 16)
 
 
 def test_written_file_is_commented_ai_generated_and_starts_with_its_index(tmp_path):
