@@ -89,3 +89,15 @@ def test_prefetched_keeps_order_and_passes_errors_on():
 
     with pytest.raises(ValueError, match="bad clip"):
         list(data.prefetched(broken()))
+
+
+def test_most_pieces_that_a_vae_learns_from_show_the_person():
+    """A person of a few pixels in a corner: 3 of 4 pieces show some of her, and none leaves the clip."""
+    body = np.zeros((33, 96, 96), bool)
+    body[:, 88:96, :6] = True
+    corners = [data.Pictures.corner(body, 9, 48, np.random.default_rng(seed)) for seed in range(400)]
+    assert all(0 <= t <= 24 and 0 <= y <= 48 and 0 <= x <= 48 for t, y, x in corners)
+    shown = np.mean([body[t, y : y + 48, x : x + 48].any() for t, y, x in corners])
+    assert 0.68 < shown < 0.85
+    empty = np.zeros_like(body)  # nobody there: anywhere
+    assert len({data.Pictures.corner(empty, 9, 48, np.random.default_rng(seed)) for seed in range(20)}) > 10
