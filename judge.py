@@ -31,8 +31,17 @@ from tqdm import tqdm
 import cues
 import data
 import toy
-from data import ASSETS, TOY_SIZE, encode_cues, encode_image, image_condition, to_picture, to_tensor, toy_text
-from data import write_text
+from data import (
+    ASSETS,
+    TOY_SIZE,
+    encode_cues,
+    encode_image,
+    image_condition,
+    to_picture,
+    to_tensor,
+    toy_text,
+    write_text,
+)
 from diffusion import Schedule, dpm_solver
 from evaluate import masked_l1, masked_psnr
 from load_cogvideox import load_weights, pick_device
