@@ -47,11 +47,8 @@ def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = 
     block = 24 * D**2 * S + 4 * D * S**2
     if config.cue_channels and config.cue_injection == "cross":
         block += 8 * D**2 * video + 4 * D * video**2
-    ends = (
-        2
-        * D
-        * (8 * (config.in_channels + config.out_channels + 2 * config.cue_channels) * video + config.text_dim * text)
-    )
+    patches = 8 * (config.in_channels + config.out_channels + 2 * config.cue_channels)
+    ends = 2 * D * (patches * video + config.text_dim * text)
     return (config.depth if depth is None else depth) * block + ends
 
 

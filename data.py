@@ -48,11 +48,7 @@ from vae import CausalVAE, chunks
 from video import write_image, write_video
 
 IMAGE_LATENT_SCALE = 1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
-TOY_SIZE, TOY_FRAMES, TOY_TEXT = (
-    96,
-    33,
-    (4, 64),
-)  # pixels, frames of a cached clip, shape of the one text state
+TOY_SIZE, TOY_FRAMES, TOY_TEXT = 96, 33, (4, 64)  # pixels, frames of a cached clip, shape of the one text state
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -142,11 +138,8 @@ def image_condition(image: Tensor, slots: int) -> Tensor:
 def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
     """(frames,) bool: runs of 1-4 frames whose Pose Cue is dropped, at most 15 % of the clip, in 3 clips of 10 (Sec. 3.1)."""
     drop = np.zeros(frames, bool)
-    chance, starts, lengths = (
-        generator.random(),
-        generator.integers(frames, size=3),
-        generator.integers(1, 5, size=3),
-    )
+    chance = generator.random()
+    starts, lengths = generator.integers(frames, size=3), generator.integers(1, 5, size=3)
     for start, length in zip(starts, lengths) if chance < 0.3 else ():
         if drop.sum() + length <= 0.15 * frames:
             drop[start : start + length] = True
@@ -212,14 +205,11 @@ def encode_clip(
     generator = keyed(*key, 999)
     frame = np.sort(generator.choice(len(video), size=min(refs, len(video)), replace=False))
     pictures = to_tensor(video[frame])
-    sigma = torch.from_numpy(
-        np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))
-    ).float()  # CogVideoX's image noise
+    sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()  # as CogVideoX's
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
     single = lambda p: latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
-    mean, logvar = (
-        z[0].to("cpu", torch.bfloat16) for z in vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
-    )
+    coded = vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
+    mean, logvar = (z[0].to("cpu", torch.bfloat16) for z in coded)
     tensors = {
         "mean": mean,
         "logvar": logvar,
@@ -467,10 +457,8 @@ class Clips:
             """(1+n, 17, h, w) for pose and face: slot 0 the reference's own, then variant k of the window's."""
             pair = []
             for name, mask in zip(("pose", "face"), masks):
-                own, window = (
-                    file.get_slice(f"ref_{name}")[r : r + 1],
-                    file.get_slice(source + name)[k, start : start + n],
-                )
+                own = file.get_slice(f"ref_{name}")[r : r + 1]
+                window = file.get_slice(source + name)[k, start : start + n]
                 slots = scale * torch.cat([own, window]).float()
                 if args.ref_slot == "copy":
                     slots[0] = slots[1]

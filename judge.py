@@ -194,9 +194,8 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
 @torch.inference_mode()
 def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int) -> list[np.ndarray]:
     """Videos (T, H, W, 3) uint8, one a pair; the noise of a pair depends on its number and the seed."""
-    image, pose, face = (
-        torch.cat(part) for part in zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
-    )
+    parts = zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
+    image, pose, face = (torch.cat(part) for part in parts)
     generators = [torch.Generator().manual_seed(1000 * seed + n) for n in numbers]
     draw = lambda: torch.stack([torch.randn(pose[0, :, :16].shape, generator=g) for g in generators])  # noqa: E731
     condition, text = image_condition(image, pose.shape[1]), toy_text().expand(len(pairs), -1, -1)

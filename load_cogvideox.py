@@ -45,10 +45,7 @@ DIT_NAMES = [
 CUE_NAMES = r"pose_embed\..*|face_embed\..*|blocks\.\d+\.cues\..*"  # ours alone: no CogVideoX file has them
 
 VAE_NAMES = [
-    (
-        r"(.*\.(?:norm[12]|norm_out))\.norm_layer\.(.*)",
-        r"\1.norm.\2",
-    ),  # the decoder's norms come with conv_y and conv_b
+    (r"(.*\.(?:norm[12]|norm_out))\.norm_layer\.(.*)", r"\1.norm.\2"),  # the decoder's, with conv_y and conv_b
     (r"(.*\.(?:norm[12]|norm_out))\.(conv_[yb])\.conv\.(.*)", r"\1.\2.\3"),
     (r"(.*\.(?:norm[12]|norm_out))\.(weight|bias)", r"\1.norm.\2"),
     (r"(.*)\.conv_shortcut\.(.*)", r"\1.shortcut.\2"),

@@ -320,10 +320,8 @@ class DiT(nn.Module):
             ofs = torch.full((1,), OFS, device=latents.device)
             t_emb = t_emb + self.ofs_embed(sinusoid(ofs, self.config.time_dim).to(dtype))
         if pose is not None:
-            pose, face = (
-                self.pose_embed(patchify(pose.to(dtype))),
-                self.face_embed(patchify(face.to(dtype))),
-            )  # (B, N, D)
+            pose = self.pose_embed(patchify(pose.to(dtype)))  # (B, N, D)
+            face = self.face_embed(patchify(face.to(dtype)))
             if self.config.cue_injection == "concat":  # one Linear over concatenated channels is a sum of Linears
                 x, pose, face = x + pose + face, None, None
         grid = f // PATCH, h // PATCH, w // PATCH

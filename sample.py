@@ -50,7 +50,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--checkpoint", type=Path, metavar="FILE", help="DiT weights that train.py wrote (toy: assets/toy.safetensors)")
     add("--device", help="cuda, mps or cpu (default: the best one present)")
     add("--dtype", choices=["bfloat16", "float32"], help="of the networks (default: bfloat16 where the hardware has it)")
-    add("--tile", action="store_true", help="run the VAE in tiles: less memory, more work")
+    add("--tile", action=argparse.BooleanOptionalAction, help="run the VAE in tiles: less memory, more work (default: where it does not fit)")
     add("--offload", action="store_true", help="send T5 and DiT to the device block by block: least memory, more time")
     add("--compile", action="store_true", help="torch.compile the DiT: minutes at first, faster steps")
     add = parser.add_argument_group("sampling").add_argument
@@ -102,6 +102,7 @@ from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import budget  # noqa: E402
 import cues  # noqa: E402
 from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
@@ -136,15 +137,22 @@ def text_encoder(args, dtype):
     return tokenizer, load_text_encoder(args.backbone, dtype)
 
 
-def vae(args, dtype) -> CausalVAE:
+def vae(args, dtype, device, size) -> CausalVAE:
+    """The VAE on its device, in tiles where a picture of this size (H, W) does not fit at once."""
     if args.preset == "toy":
         network = load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].eval()
     elif args.preset:
         network = random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
     else:
         network = load_vae(args.backbone, dtype)
-    network.tile(args.tile)
-    return network
+    room, needed = budget.capacity(device, 1), network.memory(*size)
+    too_large = room is not None and needed > room
+    if too_large and args.tile is None:
+        print(
+            f"--tile: decoding {size[1]}x{size[0]} at once would take {needed / budget.GIB:.1f} of {room / budget.GIB:.1f} GiB"
+        )
+    network.tile(too_large if args.tile is None else args.tile)
+    return network.to(device)
 
 
 def transformer(args, dtype) -> tuple[DiT, int]:
@@ -285,11 +293,8 @@ def denoise(
     solver = {"dpm": dpm_solver, "ddim": ddim}[args.sampler]
     extra = {"noise": draw} if args.sampler == "dpm" else {}
     progress = lambda steps: tqdm(steps, desc="denoise", unit="step")  # noqa: E731
-    fused, schedule, predictions = (
-        windows(velocity, slots - 1, window, stride=max(window // 3, 1) * 2),
-        Schedule(),
-        [],
-    )
+    fused = windows(velocity, slots - 1, window, stride=max(window // 3, 1) * 2)
+    schedule, predictions = Schedule(), []
 
     def watched(latents: Tensor, step: int) -> Tensor:
         v = fused(latents, step)
@@ -370,7 +375,7 @@ def animate(args) -> None:
     rows = driving_rows(args, source, track, reference, find, options)
 
     text = encode_text(args, device, dtype)
-    network = vae(args, dtype).to(device)
+    network = vae(args, dtype, device, reference.shape[:2])
     own_row = cues.render(reference[None], own, (height, width), options)
     drive = tqdm(rows(), desc="encode", unit="frame", total=frames)
     image, pose, face = encode(args, network, device, reference, own_row, drive)
@@ -381,7 +386,7 @@ def animate(args) -> None:
         network.compile()
     latents, predictions = denoise(args, network, device, text, image, pose, face, window)
     del network
-    network = vae(args, dtype).to(device)
+    network = vae(args, dtype, device, reference.shape[:2])
     audio = args.drive if source.has_audio else None
     write_video(output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED)
     print(f"wrote {output}")

@@ -172,6 +172,21 @@ def test_offloaded_blocks_are_on_the_device_only_while_they_run(example):
     assert [p.data_ptr() for p in dit.blocks.parameters()] == homes
 
 
+def test_the_vae_runs_in_tiles_where_it_does_not_fit_unless_told(example, monkeypatch, capsys):
+    import torch
+
+    def tiled(room, *extra):
+        monkeypatch.setattr(sample.budget, "capacity", lambda device, ranks: room)
+        args = sample.parse_args(arguments(example, *extra))[1]
+        return sample.vae(args, torch.float32, torch.device("cpu"), (512, 768)).tiling
+
+    needed = 60 * 8 * 512 * 768 * 4  # the tiny VAE's widest layer at full size has 8 channels
+    assert tiled(needed - 1)
+    assert "--tile: decoding 768x512 at once would take 0.7 of 0.7 GiB" in capsys.readouterr().out
+    assert not tiled(needed) and not tiled(None) and not tiled(needed - 1, "--no-tile") and tiled(needed, "--tile")
+    assert not capsys.readouterr().out
+
+
 def test_comparison_shows_reference_driver_cues_and_output(example, tmp_path):
     """One row of six pictures a frame; catches a lost frame, a wrong order and cues of another size."""
     out = tmp_path / "out.mp4"
