@@ -415,7 +415,7 @@ def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], float]:
 
     train.keep_freed_memory()  # for both sides
     objective = train.Denoising(model.requires_grad_(True).train(), align_depth=1)
-    groups = train.parameter_groups(model, 1e-4)
+    groups = train.parameter_groups(model.named_parameters(), 1e-4)
     optimizer = torch.optim.AdamW(groups, 2e-5, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def step(batch: dict) -> float:

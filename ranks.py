@@ -141,7 +141,7 @@ def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
 
 
 class Saver:
-    """step-0001200/: model.safetensors, ema.safetensors, and the optimizer in slices, one file a rank.
+    """step-0001200/: model.safetensors, ema.safetensors, and the optimizers in slices, one file a rank.
 
     Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only. In the background,
     training goes on with the GPU's weights while copies in host memory are written, one checkpoint at a time; the
@@ -154,14 +154,14 @@ class Saver:
         self.group = dist.new_group(backend="gloo") if ranks.count > 1 else None
         self.pending: Future | None = None
 
-    def save(self, step: int, model, ema, optimizer) -> None:
+    def save(self, step: int, model, ema, optimizers: list) -> None:
         """Raises OSError if this checkpoint, or the one still being written, cannot be."""
         self.finish()
         copied = self.pool is not None and self.ranks.device.type == "cpu"  # of a GPU's weights `whole` makes copies
         copy = (lambda t: t.clone() if isinstance(t, Tensor) else t) if copied else lambda t: t
         weights = {"model": whole(dict(model.named_parameters()), self.ranks), "ema": whole(ema or {}, self.ranks)}
         weights = {name: {k: copy(v) for k, v in state.items()} for name, state in weights.items() if state}
-        state = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(cpu_offload=self.pool is not None))
+        state = get_optimizer_state_dict(model, optimizers, options=StateDictOptions(cpu_offload=self.pool is not None))
         state["state"] = {name: {k: copy(v) for k, v in moments.items()} for name, moments in state["state"].items()}
         if self.pool is None:
             return self.write(step, model, weights, state)
@@ -218,7 +218,7 @@ def save_error(run: Path, model: nn.Module, ema: bool, failure: BaseException | 
     )
 
 
-def load_checkpoint(args, ranks: Ranks, model, ema, optimizer) -> int:
+def load_checkpoint(args, ranks: Ranks, model, ema, optimizers: list) -> int:
     """Fill everything from the run folder's newest checkpoint; returns its step, 0 if there is none."""
     found = checkpoints(args.output)
     if not found:
@@ -229,9 +229,9 @@ def load_checkpoint(args, ranks: Ranks, model, ema, optimizer) -> int:
         averaged, _ = load_weights(found[-1] / "ema.safetensors", config=model.config)
         with swapped(model, ema):
             copy_parameters(model, dict(averaged.named_parameters()))
-    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = {"optimizer": get_optimizer_state_dict(model, optimizers)}
     dcp.load(state, checkpoint_id=found[-1] / "optimizer", no_dist=ranks.count == 1)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    set_optimizer_state_dict(model, optimizers, state["optimizer"])
     return header["step"]
 
 

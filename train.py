@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,11 @@ ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
 DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
-    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), lr=2e-5, cue_lr=1.0, noise_shift=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
+    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=2e-5, cue_lr=1.0, noise_shift=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
-    "toy": dict(steps=(20_000, 14_000, 2000, 1600), lr=5e-4, cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
+    "toy": dict(steps=(20_000, 14_000, 2000, 1600), optimizer="muon", lr=1e-3, cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
                 checkpointing=False, window=5, vae_preset="toy"),
-    "tiny": dict(steps=(10, 10, 10, 10), lr=1e-3, cue_lr=1.0, noise_shift=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
+    "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=1e-3, cue_lr=1.0, noise_shift=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
 }
 
@@ -67,6 +68,7 @@ def parse_args(argv=None):
     add("--steps", type=int, default=default["steps"][STAGES.index(known.stage)], help="optimiser steps")
     add("--batch", type=int, default=default["batch"], help="samples per rank and forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimiser step")
+    add("--optimizer", choices=["adamw", "muon"], default=default["optimizer"], help="muon: for the matrices, AdamW for the rest")
     add("--lr", type=float, default=default["lr"], help="learning rate between warm-up and cool-down")
     add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which start at zero")
     add("--noise-shift", type=float, default=default["noise_shift"],
@@ -146,6 +148,7 @@ import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
 from load_cogvideox import load_transformer, load_vae, load_weights, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
+from muon import Muon, is_matrix  # noqa: E402
 from ranks import Ranks, Saver, keep_freed_memory, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
@@ -263,21 +266,30 @@ def load_teacher(args, dtype, device) -> DiT | None:
     return teacher.to(device).requires_grad_(False).eval()
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, cue_rate: float = 1.0) -> list[dict]:
-    """No decay on biases and norms; decay would also pull CueFusion's -1 biases away from the identity.
+def parameter_groups(parameters: Iterable, weight_decay: float, cue_rate: float = 1.0) -> list[dict]:
+    """Of (name, parameter). No decay on biases and norms; decay would also pull CueFusion's -1 biases away from the identity.
 
     The cue layers start at zero, and Adam moves a weight by one learning rate a step at most: with `cue_rate` they
     learn faster than the backbone around them.
     """
     groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            fresh = ".cues." in name or name.startswith(("pose_embed", "face_embed"))
-            groups.setdefault((p.ndim >= 2, fresh), []).append(p)
+    for name, p in parameters:
+        fresh = ".cues." in name or name.startswith(("pose_embed", "face_embed"))
+        groups.setdefault((p.ndim >= 2, fresh), []).append(p)
     return [
         {"params": params, "weight_decay": weight_decay * decayed, "rate": cue_rate if fresh else 1.0}
         for (decayed, fresh), params in groups.items()
     ]
+
+
+def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices and AdamW for the rest; fused AdamW, for its loop over tensors is as slow as a block."""
+    learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = lambda kept: parameter_groups(((n, p) for n, p in learns if kept(p)), args.weight_decay, args.cue_lr)  # noqa: E731
+    if args.optimizer == "adamw":
+        return [torch.optim.AdamW(groups(lambda p: True), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    rest = torch.optim.AdamW(groups(lambda p: not is_matrix(p)), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [Muon(groups(is_matrix), args.lr), rest]
 
 
 def learning_rate(step: int, args) -> float:
@@ -510,12 +522,11 @@ def train(args) -> None:
     if ranks.count > 1 and args.shard in ("none", None):
         wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)  # else gradients exist twice
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
-    groups = parameter_groups(model, args.weight_decay, args.cue_lr)
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
-    start = load_checkpoint(args, ranks, model, ema, optimizer) if args.resume or restarted else 0
+    start = load_checkpoint(args, ranks, model, ema, optimizers) if args.resume or restarted else 0
     saver = Saver(args, ranks, args.async_save if args.async_save is not None else ranks.device.type == "cuda")
     if ranks.rank == 0:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -558,10 +569,11 @@ def train(args) -> None:
         if not torch.isfinite(norm):
             raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: "
                              "lower --lr, or --resume")  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args) * group["rate"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args) * group["rate"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if ema:
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - args.ema)
 
@@ -583,7 +595,7 @@ def train(args) -> None:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes, seldom: not worth a compilation
                 report(args, done, objective, ema, shown, ranks, autocast, master, log)
         if done % args.save_every == 0 or done == args.steps:
-            saver.save(done, model, ema, optimizer)
+            saver.save(done, model, ema, optimizers)
     saver.finish()
     if ranks.count > 1:
         dist.destroy_process_group()

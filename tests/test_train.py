@@ -147,10 +147,10 @@ def test_teacher_sees_the_same_noisy_latents_step_text_and_reference_but_its_own
 # ---- resume, ranks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_resume_after_a_stop_equals_one_straight_run_bit_for_bit(folder, teacher, tmp_path, stage):
+@pytest.mark.parametrize("stage, optimizer", [("1", "adamw"), ("2", "adamw"), ("1", "muon")])
+def test_resume_after_a_stop_equals_one_straight_run_bit_for_bit(folder, teacher, tmp_path, stage, optimizer):
     """Weights, average and optimizer after 10 steps; catches lost optimizer state, repeated batches and reset warm-up."""
-    extra = ["--teacher", teacher] if stage == "2" else []
+    extra = ["--optimizer", optimizer, *(["--teacher", teacher] if stage == "2" else [])]
     straight = run_training(folder, tmp_path / "a", "--steps", 10, *extra, stage=stage)
     run_training(folder, tmp_path / "b", "--steps", 5, *extra, stage=stage)
     resumed = run_training(folder, tmp_path / "b", "--steps", 10, "--resume", *extra, stage=stage)
@@ -187,30 +187,30 @@ def one_rank(folder, teacher, tmp_path_factory):
     runs = tmp_path_factory.mktemp("one")
 
     @cache
-    def make(stage, dtype, steps):
+    def make(stage, dtype, steps, optimizer="adamw"):
         extra = ["--teacher", teacher] if stage == "2" else []
-        common = ["--steps", steps, "--dtype", dtype, "--log-every", 1, "--batch", 8]
-        return run_training(folder, runs / f"{stage}-{dtype}-{steps}", *common, *extra, stage=stage)
+        common = ["--steps", steps, "--dtype", dtype, "--log-every", 1, "--batch", 8, "--optimizer", optimizer]
+        return run_training(folder, runs / f"{stage}-{dtype}-{steps}-{optimizer}", *common, *extra, stage=stage)
 
     return make
 
 
-FAST = [("1", 2, "none", "float64", 2, 6), ("2", 2, "full", "float64", 2, 6)]
-ALL = product(("1", "2"), (2, 4), ("none", "optimizer", "full"), ("float64", "float32"), (1, 2), (20,))
+FAST = [("1", 2, "none", "float64", 2, 6, "adamw"), ("2", 2, "full", "float64", 2, 6, "muon")]
+ALL = product(("1", "2"), (2, 4), ("none", "optimizer", "full"), ("float64", "float32"), (1, 2), (20,), ("adamw",))
 
 
 @pytest.mark.parametrize(
-    "stage, ranks, shard, dtype, accumulate, steps",
+    "stage, ranks, shard, dtype, accumulate, steps, optimizer",
     [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL)],
 )
 def test_any_ranks_and_shards_equal_one_rank(
-    folder, teacher, one_rank, tmp_path, stage, ranks, shard, dtype, accumulate, steps
+    folder, teacher, one_rank, tmp_path, stage, ranks, shard, dtype, accumulate, steps, optimizer
 ):
     """float64: losses and weights to 1e-9; float32: losses to 1e-5. Catches wrong sample indices, averaging and slices."""
     extra = ["--teacher", teacher] if stage == "2" else []
-    common = ["--steps", steps, "--dtype", dtype, "--log-every", 1, *extra]
+    common = ["--steps", steps, "--dtype", dtype, "--log-every", 1, "--optimizer", optimizer, *extra]
     split = ["--batch", 8 // ranks // accumulate, "--accumulate", accumulate, "--shard", shard, "--checkpointing"]
-    one, many = one_rank(stage, dtype, steps), tmp_path / "many"
+    one, many = one_rank(stage, dtype, steps, optimizer), tmp_path / "many"
     torchrun(ranks, arguments(folder, many, *common, *split, stage=stage))
     assert losses_of(one) == pytest.approx(losses_of(many), rel=1e-9 if dtype == "float64" else 1e-5)
     for name in ("model", "ema") if dtype == "float64" else ():
@@ -249,7 +249,7 @@ def test_noise_levels_cover_their_intervals_and_samples_do_not_depend_on_ranks(f
 def test_cue_layers_learn_faster_and_biases_do_not_decay():
     """Each parameter in one group; 8 x for CueFusion and the cue embeddings alone."""
     model = DiT(DIT_PRESETS["tiny"])
-    groups = train.parameter_groups(model, 0.1, 8.0)
+    groups = train.parameter_groups(model.named_parameters(), 0.1, 8.0)
     names = {id(p): name for name, p in model.named_parameters()}
     found = {names[id(p)]: (group["rate"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(found) == len(names) == sum(len(group["params"]) for group in groups)

@@ -1,0 +1,53 @@
+"""Muon (Jordan et al., 2024), the optimizer of the drawn world: momentum, made orthogonal matrix by matrix.
+
+The gradients of a weight matrix lie mostly along a few directions, and so do Adam's steps. Muon takes the momentum
+M = U S V' and steps by U V': equally far along all. In the drawn world a VAE then needs less than half of AdamW's steps.
+The paper trains with AdamW, and so does everything but the presets of the drawn world. Differs.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+ITERATIONS = 5
+A, B, C = 3.4445, -4.7750, 2.0315  # of the paper's quintic: steep at 0, so singular values come to 0.7-1.2 in 5 rounds
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Weights with at least 16 rows and columns, a convolution's being its kernels flattened; the rest is AdamW's."""
+    return p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16
+
+
+def orthogonal(m: Tensor) -> Tensor:
+    """About U V' of m = U S V' (rows, columns), by Newton-Schulz iterations; bfloat16 suffices, float64 stays."""
+    x = m if m.dtype == torch.float64 else m.bfloat16()
+    x = x / (x.norm() + 1e-7)
+    x = x.T if m.shape[0] > m.shape[1] else x  # the smaller product
+    for _ in range(ITERATIONS):
+        s = x @ x.T
+        x = A * x + (B * s + C * s @ s) @ x
+    return (x.T if m.shape[0] > m.shape[1] else x).to(m.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices. A step has AdamW's usual length (root mean square 0.2 lr), so AdamW's rates are near right.
+
+    Of a sharded matrix every rank gathers the momentum and computes the whole step.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(p.grad)
+                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
+                ahead = ahead.full_tensor() if isinstance(p, DTensor) else ahead
+                m = ahead.flatten(1)
+                update = 0.2 * max(m.shape) ** 0.5 * orthogonal(m).view_as(ahead)
+                if isinstance(p, DTensor):
+                    update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
