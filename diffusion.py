@@ -113,7 +113,9 @@ def dpm_solver(
     return latents
 
 
-def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int = 8) -> Denoiser:
+def windows(
+    denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int | None = None
+) -> Denoiser:
     """A denoiser for [reference slot, `length` latents] made of one for [reference slot, `size` latents].
 
     Each step, every window is denoised and v averaged with triangular weights; the reference slot, which all windows
@@ -121,9 +123,10 @@ def windows(denoise: Callable[[Tensor, int, int], Tensor], length: int, size: in
     clips do. Starts are even (the same two latents share a token in every window), the last window ends with the
     clip: none is padded.
 
-    denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. Paper
-    silent.
+    denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. `stride`
+    is about two thirds of the size if not given: 8 of 13. Paper silent.
     """
+    stride = max(size // 3, 1) * 2 if stride is None else stride
     size = min(size, length)
     if not length % 2 or not size % 2 or stride % 2:
         raise ValueError(

@@ -11,6 +11,8 @@ pseudo drivers, place from the clip). Truth is A performing the motion: a drawn 
     joint error              how far, in pixels, what surrounds a visible joint has to be moved to fit best: see `locate`
     identity                 is the nearest of 16 people by the colours of the silhouette A? One of the 16 is B
     leaks                    how much of B's colours, texture and outline is in the output: see `leaks`
+    drift                    of long clips (--frames 497): what masked L1 gains in 100 frames, and its standard error
+    seam                     of long clips: change from frame to frame where windows meet, over that elsewhere
 
 The trivial answers they are compared with: A's picture standing still, and the driver's own frames.
 """
@@ -37,18 +39,19 @@ from data import (
     encode_cues,
     encode_image,
     image_condition,
+    padded,
     to_picture,
     to_tensor,
     toy_text,
     write_text,
 )
-from diffusion import Schedule, dpm_solver
+from diffusion import Schedule, dpm_solver, windows
 from evaluate import masked_l1, masked_psnr
 from load_cogvideox import load_weights, pick_device
 from video import write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
-FRAMES, REFERENCE_FRAME = 17, 32  # one window of 5 latents; the reference is a later moment
+WINDOW, FRAMES, REFERENCE_FRAME = 5, 17, 32  # latents; frames; the reference is a later moment
 REACH, PATCH = 16, 6  # pixels that `locate` searches to each side, and half a patch
 PEOPLE = 16
 AI_GENERATED = "AI-generated: drawn figures"
@@ -61,15 +64,15 @@ class Pair(NamedTuple):
     others: list[toy.Clip]  # 14 more who do, a few frames of each
 
 
-def draw_pair(number: int, degrade: str = "none", strength: float = 0.0) -> Pair:
+def draw_pair(number: int, degrade: str = "none", strength: float = 0.0, length: int = FRAMES) -> Pair:
     """Pair `number`; A.6: the driver seen through motion blur (over 4 x strength frames), little light or few pixels."""
     seed = FIRST + number
     reference = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=REFERENCE_FRAME).video[0]
-    frames = lambda k: FRAMES if k < 2 else 3  # noqa: E731
+    frames = lambda k: length if k < 2 else 3  # noqa: E731
     people = [toy.render(FIRST + 10_000 * k + number, seed, frames=frames(k), size=TOY_SIZE) for k in range(PEOPLE)]
     truth, driver, *others = people
     if degrade == "motion_blur":
-        driver = toy.render(FIRST + 10_000 + number, seed, frames=FRAMES, size=TOY_SIZE, shutter=4 * strength)
+        driver = toy.render(FIRST + 10_000 + number, seed, frames=length, size=TOY_SIZE, shutter=4 * strength)
     elif degrade != "none":
         driver = replace(driver, video=toy.degrade(driver.video, degrade, strength, seed))
     return Pair(reference, truth, driver, others)
@@ -150,24 +153,40 @@ def leaks(pair: Pair, video: np.ndarray) -> dict[str, float]:
     return {"leak_color": float(color), "leak_texture": float(texture), "leak_outline": float(outline)}
 
 
+def over_time(video: np.ndarray, errors: list[float]) -> dict[str, float]:
+    """Of a clip longer than a window: drift, the slope of a frame's masked L1 in gray levels per 100 frames, and seam.
+
+    Windows start at even latents and end at odd ones, so two meet at every latent: seam is the median change from the
+    last frame of a latent to the first of the next over the median change within latents. NaN where nothing moves.
+    """
+    change = [np.abs(np.float32(b) - a).mean() for a, b in zip(video, video[1:])]
+    within = np.median([c for t, c in enumerate(change) if t % 4])
+    slope = np.polyfit(np.arange(len(errors)) / 100, errors, 1)[0]
+    return {"drift": float(slope), "seam": float(np.median(change[::4]) / within) if within else np.nan}
+
+
 def measure(pair: Pair, video: np.ndarray) -> dict:
     """One clip (T, H, W, 3) uint8 against the truth; NaN where nothing is to be seen (no face, no background)."""
     masks = [cv2.dilate(body.astype(np.uint8), np.ones((5, 5), np.uint8)) for body in pair.truth.body]
     frames = list(zip(video, pair.truth.video, masks))
+    errors = [masked_l1(*frame) for frame in frames]
     faces = [masked_l1(*frame) for frame in zip(video, pair.truth.video, pair.truth.face) if frame[2].sum() >= 9]
     return {
-        "masked_l1": float(np.mean([masked_l1(*frame) for frame in frames])),
+        "masked_l1": float(np.mean(errors)),
         "masked_psnr": float(np.mean([masked_psnr(*frame) for frame in frames])),
         "face_l1": float(np.mean(faces)) if faces else np.nan,
         "joint_error": joint_errors(pair.truth, video),
         "identity": float(nearest_person(video, pair) == 0),
         **leaks(pair, video),
+        **(over_time(video, errors) if len(video) > FRAMES else {}),
     }
 
 
 def summary(rows: list[dict]) -> dict:
-    """Means over clips; of the joint error the median over all joints of all clips."""
+    """Means over clips; of the joint error the median over all joints of all clips; of the drift also its standard error."""
     means = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0] if name != "joint_error"}
+    if "drift" in means and len(rows) > 1:
+        means["drift_error"] = float(np.std([row["drift"] for row in rows], ddof=1) / len(rows) ** 0.5)
     return means | {"joint_error": float(np.median(np.concatenate([row["joint_error"] for row in rows])))}
 
 
@@ -186,7 +205,7 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
         _, own = data.toy_pair(place, args, draw)
         rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
         mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
-        streams.append(encode_cues(vae, mixed, "cpu", vae.config.scaling_factor))
+        streams.append(encode_cues(vae, padded(mixed), "cpu", vae.config.scaling_factor))
     pose, face = (torch.cat(two, 1) for two in zip(*streams))
     return encode_image(vae, to_tensor(pair.reference)[None]), pose, face * (args.face != "none")
 
@@ -198,39 +217,53 @@ def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int)
     image, pose, face = (torch.cat(part) for part in parts)
     generators = [torch.Generator().manual_seed(1000 * seed + n) for n in numbers]
     draw = lambda: torch.stack([torch.randn(pose[0, :, :16].shape, generator=g) for g in generators])  # noqa: E731
-    condition, text = image_condition(image, pose.shape[1]), toy_text().expand(len(pairs), -1, -1)
+    text = toy_text().expand(len(pairs), -1, -1)
 
-    def velocity(latents: Tensor, step: int) -> Tensor:
-        x = torch.cat([latents, condition], dim=2)
-        return model(x, torch.tensor([step]), text, pose, face).float()
+    def velocity(latents: Tensor, step: int, start: int) -> Tensor:
+        n = latents.shape[1]
+        index = [0, *range(1 + start, start + n)]
+        x = torch.cat([latents, image_condition(image, n)], dim=2)
+        return model(x, torch.tensor([step]), text, pose[:, index], face[:, index]).float()
 
-    latents = dpm_solver(velocity, draw(), Schedule(), args.steps, noise=draw)[:, 1:]
+    fused = windows(velocity, pose.shape[1] - 1, WINDOW)
+    latents = dpm_solver(fused, draw(), Schedule(), args.steps, noise=draw)[:, 1:]
     video = torch.cat([vae.decode(z[None]).float() for z in latents / vae.config.scaling_factor])
-    return list(to_picture(video))
+    return list(to_picture(video)[:, : args.frames])
 
 
 def score(args) -> dict:
     """Numbers of the model, for each sampling seed, and of the trivial answers: means over pairs."""
     if args.sheet and args.sheet.suffix not in (".png", ".gif"):
         raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png or .gif")
+    if args.frames < FRAMES:
+        raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
     dtype = pick_device("cpu")[1]
     model, header = load_weights(args.checkpoint, dtype)
     vae = load_weights(args.vae, dtype)[0].eval()
-    rows = {name: [] for name in ("still reference", "driver's frames", *(f"seed {s}" for s in range(args.seeds)))}
-    shown = []
-    for first in tqdm(range(0, args.pairs, 8), desc="score", unit="batch"):
-        numbers = list(range(first, min(first + 8, args.pairs)))
-        pairs = [draw_pair(n, args.degrade, args.strength) for n in numbers]
-        rows["still reference"] += [measure(p, np.stack([p.reference] * FRAMES)) for p in pairs]
+    seeds = [f"seed {s}" for s in range(args.seeds)]
+    rows = {name: [] for name in ("truth", "still reference", "driver's frames", *seeds)}
+    shown, together = [], max(8 * FRAMES // args.frames, 1)
+    for first in tqdm(range(0, args.pairs, together), desc="score", unit="batch"):
+        numbers = list(range(first, min(first + together, args.pairs)))
+        pairs = [draw_pair(n, args.degrade, args.strength, args.frames) for n in numbers]
+        if args.frames > FRAMES:
+            rows["truth"] += [measure(p, p.truth.video) for p in pairs]
+        rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
         rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
         for seed in range(args.seeds):
             videos = generate(model.eval(), vae, pairs, numbers, args, seed)
-            rows[f"seed {seed}"] += [measure(p, video) for p, video in zip(pairs, videos)]
+            rows[seeds[seed]] += [measure(p, video) for p, video in zip(pairs, videos)]
             if seed == 0 and len(shown) < args.rows:
                 shown += zip(pairs, videos)
-    answers = {name: summary(values) for name, values in rows.items()}
+    answers = {name: summary(values) for name, values in rows.items() if values}
     result = {name: header.get(name) for name in ("stage", "step")} | {"checkpoint": str(args.checkpoint)}
-    result |= {"pairs": args.pairs, "sampling_steps": args.steps, "degrade": args.degrade, "strength": args.strength}
+    result |= {
+        "pairs": args.pairs,
+        "frames": args.frames,
+        "sampling_steps": args.steps,
+        "degrade": args.degrade,
+        "strength": args.strength,
+    }
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
     if args.sheet:
@@ -255,6 +288,8 @@ def history(checkpoint: Path) -> dict:
 def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
     """reference | driver, output, truth; a row a pair, twice its size. As PNG three moments, as GIF all frames."""
 
+    frames = len(shown[0][1])
+
     def row(pair: Pair, video: np.ndarray, frames: tuple) -> np.ndarray:
         gap = np.full((TOY_SIZE, 4, 3), 255, np.uint8)
         moments = [(gap, pair.driver.video[f], video[f], pair.truth.video[f]) for f in frames]
@@ -264,9 +299,9 @@ def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
         return np.concatenate([row(*entry, frames) for entry in shown]).repeat(2, 0).repeat(2, 1)
 
     if path.suffix == ".gif":
-        write_gif(path, [sheet(f) for f in range(FRAMES)], toy.FPS, comment=AI_GENERATED)
+        write_gif(path, [sheet(f) for f in range(frames)], toy.FPS, comment=AI_GENERATED)
     else:
-        write_image(path, sheet(0, FRAMES // 2, FRAMES - 1), comment=AI_GENERATED)
+        write_image(path, sheet(0, frames // 2, frames - 1), comment=AI_GENERATED)
 
 
 def table(answers: dict[str, dict]) -> str:
@@ -288,6 +323,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--pairs", type=int, default=64, help="pairs of a person and a motion, none of them in any training data")
     add("--seeds", type=int, default=3, help="sampling seeds")
     add("--steps", type=int, default=20, help="denoising steps")
+    add("--frames", type=int, default=FRAMES, help="of a clip; more than 17 are sampled in windows, and judged over time too")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="as the model was trained")
     add("--joint-noise", type=float, default=0.0, help="as the model was trained")
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")

@@ -293,7 +293,7 @@ def denoise(
     solver = {"dpm": dpm_solver, "ddim": ddim}[args.sampler]
     extra = {"noise": draw} if args.sampler == "dpm" else {}
     progress = lambda steps: tqdm(steps, desc="denoise", unit="step")  # noqa: E731
-    fused = windows(velocity, slots - 1, window, stride=max(window // 3, 1) * 2)
+    fused = windows(velocity, slots - 1, window)
     schedule, predictions = Schedule(), []
 
     def watched(latents: Tensor, step: int) -> Tensor:

@@ -85,6 +85,44 @@ def test_a_bad_driving_clip_changes_the_driver_alone(pairs, kind):
     assert np.abs(np.float32(bad.driver.video) - pairs[0].driver.video)[bad.driver.body].mean() > 2
 
 
+def test_drift_is_the_slope_and_seam_what_changes_where_latents_meet():
+    """A line with noise around it, in gray levels per 100 frames; a clip that jumps 3 at every new latent, else 1."""
+    errors = 5 + 0.02 * np.arange(201) + np.where(np.arange(201) % 2, 0.5, -0.5)
+    jumps = np.array([0] + [3 if t % 4 == 1 else 1 for t in range(1, 41)])  # frame 0 is a latent, then 1-4, 5-8, ...
+    video = (np.cumsum(jumps)[:, None, None, None] * np.ones((1, 2, 2, 3))).astype(np.uint8)
+    found = judge.over_time(video, list(errors))
+    assert found["drift"] == pytest.approx(2, rel=0.01) and found["seam"] == 3
+    assert np.isnan(judge.over_time(video * 0, list(errors))["seam"])
+    rows = [{"drift": d, "joint_error": [0.0]} for d in (1.0, 2.0, 3.0)]
+    assert judge.summary(rows) == pytest.approx({"drift": 2, "drift_error": 3**-0.5, "joint_error": 0})
+
+
+def test_long_clips_are_sampled_in_windows_and_measured_over_time(monkeypatch):
+    """A stand-in for the model that answers with the truth's own v: 20 frames, exact count, and every window asked for."""
+    import torch
+
+    from data import toy_text
+    from load_cogvideox import load_weights
+
+    vae, asked = load_weights(judge.ASSETS / "toy-vae.safetensors", torch.float32)[0].eval(), []
+
+    def model(x, step, text, pose, face):
+        asked.append(tuple(x.shape))
+        assert x.shape[:2] == pose.shape[:2] == face.shape[:2] and text.shape == toy_text()[None].shape
+        return x[:, :, :16]
+
+    _, args = judge.parse_args(["--frames", "20", "--steps", "2"])
+    pair = judge.draw_pair(0, length=20)
+    (video,) = judge.generate(model, vae, [pair], [0], args, seed=0)
+    assert video.shape == (20, 96, 96, 3) and pair.truth.video.shape == (20, 96, 96, 3)
+    assert asked == [(1, 6, 32, 12, 12)] * 2 * 2, "25 frames are 7 latents: two windows of 5, at 0 and 2"
+    found = judge.measure(pair, pair.truth.video)
+    assert found["drift"] == 0 and found["seam"] > 0.3
+    with pytest.raises(SystemExit) as stop:
+        judge.main(["--frames", "9"])
+    assert stop.value.code == 2
+
+
 def test_summary_takes_the_median_over_all_joints():
     rows = [{"masked_l1": 1.0, "joint_error": [0.0, 0.0, 9.0]}, {"masked_l1": 3.0, "joint_error": [5.0, 7.0]}]
     assert judge.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
