@@ -1,8 +1,8 @@
 """Muon (Jordan et al., 2024), the optimizer of the drawn world: momentum, made orthogonal matrix by matrix.
 
 The gradients of a weight matrix lie mostly along a few directions, and so do Adam's steps. Muon takes the momentum
-M = U S V' and steps by U V': equally far along all. In the drawn world a VAE then needs less than half of AdamW's steps.
-The paper trains with AdamW, and so does everything but the presets of the drawn world. Differs.
+M = U S V' and steps by U V': equally far along all. The drawn world's VAE then needs less than half of AdamW's steps.
+Paper silent: the 5B model trains with AdamW, as CogVideoX did.
 """
 
 import torch

@@ -35,7 +35,7 @@ TOY_DATA = Path("runs/toy-data")
 DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
     "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=2e-5, cue_lr=1.0, noise_shift=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
-    "toy": dict(steps=(20_000, 14_000, 2000, 1600), optimizer="muon", lr=1e-3, cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
+    "toy": dict(steps=(6000, 6000, 2000, 1600), optimizer="muon", lr=1e-3, cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
                 checkpointing=False, window=5, vae_preset="toy"),
     "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=1e-3, cue_lr=1.0, noise_shift=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
