@@ -299,6 +299,8 @@ def draw_share(args, numbers: list[int], done) -> None:
     dtype = pick_device("cpu")[1]
     vae = load_weights(args.vae, dtype)[0].eval()
     for number in numbers:
+        if not multiprocessing.parent_process().is_alive():
+            return  # killed: nobody waits for the rest
         cache_toy_clip(vae, number, args)
         done.put(number)
 

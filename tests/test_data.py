@@ -1,5 +1,11 @@
 """What the network eats: mask pooling, padding, cue encoding, training samples."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +13,8 @@ import torch
 import data
 from data import encode_cues, encode_image, image_condition, padded, pool_masks
 from vae import VAE_PRESETS, CausalVAE
+
+from conftest import ROOT
 
 
 @pytest.mark.parametrize("n", range(1, 20))
@@ -101,3 +109,19 @@ def test_most_pieces_that_a_vae_learns_from_show_the_person():
     assert 0.68 < shown < 0.85
     empty = np.zeros_like(body)  # nobody there: anywhere
     assert len({data.Pictures.corner(empty, 9, 48, np.random.default_rng(seed)) for seed in range(20)}) > 10
+
+
+@pytest.mark.slow
+def test_workers_that_draw_end_when_their_program_is_killed(tmp_path):
+    """kill -9 while clips are drawn: within seconds its process group is empty; what is there is whole."""
+    command = [sys.executable, "data.py", "toy", "-o", str(tmp_path), "--clips", "1000"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("cache/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
