@@ -144,6 +144,32 @@ def test_teacher_sees_the_same_noisy_latents_step_text_and_reference_but_its_own
     assert torch.equal(batch["pose"][:, 0], batch["teacher_pose"][:, 0]), "slot 0 is the reference's own for both"
 
 
+def test_the_vaes_losses_equal_the_page():
+    """With a network that codes a picture as itself: the error is the noise drawn, its edges, and its mean over 2x2."""
+
+    class Copy(torch.nn.Module):
+        def encode(self, video):
+            return video, torch.full_like(video, -1.0)
+
+        def decode(self, latents):
+            return latents
+
+    video, noise = (
+        torch.randn(2, 3, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
+    )
+    losses = train.Coding(Copy())({"video": video, "noise": noise})
+    for b in range(2):
+        e = np.exp(-0.5) * noise[b].numpy()
+        small = [e[t, c, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean() for t, c, y, x in np.ndindex(3, 4, 3, 4)]
+        expected = {
+            "pixels": np.abs(e).mean(),
+            "edges": sum(np.abs(np.diff(e, axis=axis)).mean() for axis in (0, 2, 3)),
+            "kl": np.mean(0.5 * (video[b].numpy() ** 2 + np.exp(-1) - 1 + 1)),
+            "half": np.abs(small).mean(),
+        }
+        assert {name: loss[b].item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-6)
+
+
 # ---- resume, ranks -------------------------------------------------------------------------------------------------
 
 
