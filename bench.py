@@ -415,13 +415,13 @@ def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], float]:
 
     train.keep_freed_memory()  # for both sides
     objective = train.Denoising(model.requires_grad_(True).train(), align_depth=1)
-    groups = train.parameter_groups(model.named_parameters(), 1e-4)
-    optimizer = torch.optim.AdamW(groups, 2e-5, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    settings = SimpleNamespace(optimizer="adamw", lr=2e-5, cue_lr=1.0, weight_decay=1e-4, s2x_weight=0.5)
+    (optimizer,) = train.make_optimizers(model, settings)
 
     def step(batch: dict) -> float:
         with torch.autocast(device.type, BF16):
             losses = objective(batch)
-        loss = train.total_loss(losses, SimpleNamespace(s2x_weight=0.5))
+        loss = train.total_loss(losses, settings)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -288,13 +288,14 @@ def parameter_groups(parameters: Iterable, weight_decay: float, cue_rate: float 
 
 
 def make_optimizers(model: nn.Module, args) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices and AdamW for the rest; fused AdamW, for its loop over tensors is as slow as a block."""
-    learns = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = lambda kept: parameter_groups(((n, p) for n, p in learns if kept(p)), args.weight_decay, args.cue_lr)  # noqa: E731
-    if args.optimizer == "adamw":
-        return [torch.optim.AdamW(groups(lambda p: True), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
-    rest = torch.optim.AdamW(groups(lambda p: not is_matrix(p)), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [Muon(groups(is_matrix), args.lr), rest]
+    """AdamW, or Muon for the matrices and AdamW for the rest."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if args.optimizer == "muon" and is_matrix(p) else rest).append((name, p))
+    groups = lambda parameters: parameter_groups(parameters, args.weight_decay, args.cue_lr)  # noqa: E731
+    optimizers = [torch.optim.AdamW(groups(rest), args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    return optimizers + ([Muon(groups(matrices), args.lr)] if matrices else [])
 
 
 def learning_rate(step: int, args) -> float:

@@ -47,7 +47,7 @@ def test_a_step_is_the_equation_and_as_long_as_adamws():
 def test_every_weight_has_one_optimizer_and_biases_have_adamw(network):
     _, args = train.parse_args(["--preset", "tiny", "--optimizer", "muon"])
     names = {id(p): name for name, p in network.named_parameters()}
-    muon, adamw = (
+    adamw, muon = (
         [names[id(p)] for g in o.param_groups for p in g["params"]] for o in train.make_optimizers(network, args)
     )
     assert sorted(muon + adamw) == sorted(names.values())
