@@ -330,10 +330,11 @@ def make_toy(args) -> None:
 
 
 def make_example(args) -> None:
-    """`python data.py example`: the reference, driving clip and masks that the repository ships."""
+    """`python data.py example`: the reference, driving clip and masks that the repository ships; nothing is trained on them."""
     args.output.mkdir(parents=True, exist_ok=True)
-    reference = toy.render(identity=4, motion=4, frames=1, size=384)
-    drive = toy.render(identity=22, motion=22, frames=17, size=384)
+    who, what = HELD_OUT + 518, HELD_OUT + 517
+    reference = toy.render(identity=who, motion=who, frames=1, size=384)
+    drive = toy.render(identity=what, motion=what, frames=17, size=384)
     write_image(args.output / "ref.png", reference.video[0])
     write_image(args.output / "ref_mask.png", cues.paint_mask(reference.body[0], reference.face[0]))
     write_video(args.output / "drive.mp4", drive.video, toy.FPS)
