@@ -81,15 +81,18 @@ def padded(frames: Iterable) -> Iterator:
         yield recent[abs(last - k % (2 * last))]
 
 
+def latent_frames(masks: Tensor) -> Tensor:
+    """(T, ...) -> (f, ...): the mean over each latent's own frames; of 4f-3 (the start of a clip) the first is alone, else 4f."""
+    alone, rest = masks.split([masks.shape[0] % 4, masks.shape[0] // 4 * 4])
+    return torch.cat([alone, rest.unflatten(0, (-1, 4)).mean(1)])
+
+
 def pool_masks(masks: Tensor) -> Tensor:
     """Masks at latent size: (T, 1, H, W) -> (f, 1, H/8, W/8), the mean over 8x8 pixels and the latent's own frames.
 
-    T = 4f-3 for the start of a clip (its first latent is one frame), or 4f for a later piece. Paper silent: an area
-    mean, since trilinear resizing would read only the centre pixels of each cell.
+    Paper silent: an area mean, since trilinear resizing would read only the centre pixels of each cell.
     """
-    alone, rest = masks.split([masks.shape[0] % 4, masks.shape[0] // 4 * 4])
-    frames = torch.cat([alone, rest.unflatten(0, (-1, 4)).mean(1)])
-    return F.avg_pool2d(frames, 8)
+    return F.avg_pool2d(latent_frames(masks), 8)
 
 
 def unzip(rows: Iterable[tuple], width: int) -> list[Iterator]:
@@ -444,17 +447,13 @@ class Clips:
         if args.stage == "0":
             return sample
 
-        body, face_mask = (
-            self.masks(file.get_slice(name), frames, int(candidates[r])) for name in ("body", "face_mask")
-        )
-        if args.location == "soft":
+        masks = [self.masks(file.get_slice(name), frames, int(candidates[r])) for name in ("body", "face_mask")]
+        masks = [torch.cat([latent_frames(m[:1]), latent_frames(m[1:])]) for m in masks]
+        if args.location == "soft":  # a mean over cells; after that over frames there is a third of the pixels
             cell, phase = int(generator.choice([8, 16, 32])), generator.integers(32, size=2)
             cell, phase = (cell, phase) if self.training else (16, (0, 0))
-            body = torch.from_numpy(cues.grid_soften(body.numpy(), cell, "mean", phase))
-        masks = [
-            torch.cat([pool_masks(m[:1, None]), pool_masks(m[1:, None])]) * (args.location != "none")
-            for m in (body, face_mask)
-        ]
+            masks[0] = torch.from_numpy(cues.grid_soften(masks[0].numpy(), cell, "mean", phase))
+        masks = [F.avg_pool2d(m[:, None], 8) * (args.location != "none") for m in masks]
 
         def cue(source: str, k: int) -> list[Tensor]:
             """(1+n, 17, h, w) for pose and face: slot 0 the reference's own, then variant k of the window's."""

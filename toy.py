@@ -26,7 +26,7 @@ import numpy as np
 
 from video import write_gif
 
-FPS = 16
+FPS = 24
 SUPER = 3       # people are drawn at SUPER x the frame size and averaged: nine samples a pixel
 FACTORS = ("identity", "motion", "expression", "camera", "background")
 
@@ -97,7 +97,8 @@ def draw_wardrobe(rng: np.random.Generator) -> tuple[dict, dict]:
 
     def cloth():
         main, other = (CLOTH[rng.choice(25, 2, replace=False)] * rng.uniform(.93, 1.05, (2, 3))).clip(0, 1)
-        return main, (rgb("fbf5e9")[0], .55 * main, other)[rng.choice(3, p=(.5, .25, .25))]
+        second = (rgb("fbf5e9")[0], .5 * main, other)[rng.choice(3, p=(.5, .25, .25))]
+        return main, .5 * main + .5 * second
 
     style = dict(outfit=pick("trousers trousers shorts skirt dress overalls"),
                  sleeves=pick("none short short long long"),
@@ -410,8 +411,8 @@ def camera_track(seed: int, seconds: np.ndarray, height: int, width: int) -> dic
         scale = rng.uniform(1.2, 1.45)
         feet = height * rng.uniform(.06, .12) + 1.03 * scale * side
     else:
-        scale = rng.uniform(.7, .81)
-        feet = height * rng.uniform(max(.86, 1.19 * scale), .965)
+        scale = rng.uniform(.77, .86)
+        feet = height * rng.uniform(.955, .975)
     x, moves, rate, phase = rng.uniform(.42, .58), rng.random(2) < .3, 1 / rng.uniform(4, 8), rng.random(2)
     sway = .05 * moves * np.sin(2 * np.pi * (seconds[:, None] * rate + phase))
     return dict(unit=scale * side, feet=np.array([width * x, feet]) - .5, tilt=rng.uniform(4, 13),
@@ -603,7 +604,7 @@ def light(depth: np.ndarray, hit: np.ndarray, unit: float, middle: float) -> np.
     tone = (.78 + .22 * np.clip((facing - .28) / .14, 0, 1)) * np.clip(1 + .9 * (z - middle) / unit, .86, 1)
     thick = max(3, round(.009 * unit) | 1)
     behind = cv2.erode(depth, np.ones((thick, thick), np.uint8)).ravel()[hit]
-    tone[z - behind > .022 * unit] = .5
+    tone[z - behind > .022 * unit] = .7
     return tone
 
 

@@ -64,9 +64,9 @@ def test_equal_seeds_of_two_factors_share_no_numbers():
 def test_each_factor_changes_the_frames_and_only_its_own_truth():
     """Cross-identity truth is worth nothing if a background moves a joint or a motion dyes a shirt"""
     base = dict(identity=1, motion=8, expression=3, camera=STILL, background=5)
-    clip = toy.render(**base, frames=6)
+    clip = toy.render(**base, frames=12)
     for factor in base:
-        other = toy.render(**base | {factor: 30}, frames=6)
+        other = toy.render(**base | {factor: 30}, frames=12)
         assert not np.array_equal(clip.video, other.video), factor
         colours = all(np.array_equal(clip.color_key[name], other.color_key[name]) for name in clip.color_key)
         assert colours == (factor != "identity"), factor
@@ -291,7 +291,7 @@ def test_textures_are_high_frequency_and_move_with_the_limb(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(toy, "PATTERNS", dict.fromkeys(toy.PATTERNS, toy.PATTERNS["plain"]))
             ratios.append(textured / energy(toy.render(seed, 8, camera=STILL, frames=2)))
-    assert len(ratios) >= 2 and min(ratios) > 1.5
+    assert len(ratios) >= 2 and min(ratios) > 1.25 and np.median(ratios) > 1.5
 
 
 def test_expression_changes_the_face_and_nothing_else():
@@ -357,7 +357,7 @@ def test_shutter_blurs_what_moves_and_leaves_the_truth_sharp():
     sharp, blurred = (toy.render(3, 3, camera=STILL, frames=3, shutter=shutter) for shutter in (0, 2))
     for name in FIELDS[1:]:
         np.testing.assert_array_equal(getattr(sharp, name), getattr(blurred, name), err_msg=name)
-    np.testing.assert_array_equal(sharp.video[:, :8], blurred.video[:, :8])
+    np.testing.assert_array_equal(sharp.video[:, :4], blurred.video[:, :4])
     assert np.abs(sharp.video.astype(float) - blurred.video)[sharp.body].mean() > 5
 
 
