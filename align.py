@@ -108,13 +108,14 @@ def align(mode, reference_body, bodies, reference_face, faces, accepted=None) ->
 
 # ---- Misalignment augmentation (A.2, stage 2 only) ----
 
-def misalignment(presence: np.ndarray, generator: np.random.Generator, probability: float = 0.8,
+def misalignment(presence: np.ndarray, generator: np.random.Generator, strength: float = 1.0, probability: float = 0.8,
                  scales=(0.7, 1.4), shift: float = 0.15, keep: float = 0.7) -> tuple[float, np.ndarray]:
     """A random similarity for one clip's segmented person -> scale, shift_xy; see `render(misalign=...)`.
 
     presence: (H, W), the clip's mask or the mean of its masks. Paper silent: in `probability` of the clips,
-    scale log-uniform in `scales` about the silhouette's centroid, shift up to `shift` of each side; both are
-    halved until `keep` of the silhouette stays inside. Always four draws, so that later draws do not move.
+    scale log-uniform in `scales` about the silhouette's centroid, shift up to `shift` of each side; both (the
+    scale in logarithms) times `strength`, then halved until `keep` of the silhouette stays inside. Always four
+    draws, so that later draws do not move.
     """
     chance, log_scale, *offset = generator.uniform([0, np.log(scales[0]), -shift, -shift],
                                                    [1, np.log(scales[1]), shift, shift])
@@ -122,7 +123,8 @@ def misalignment(presence: np.ndarray, generator: np.random.Generator, probabili
     if chance >= probability or not presence.any():
         return 1.0, np.zeros(2)
     xy = np.stack(np.meshgrid(*map(np.arange, size)), -1)                                  # (H, W, 2)
-    centroid, offset = (xy * presence[..., None]).sum((0, 1)) / presence.sum(), offset * size
+    centroid = (xy * presence[..., None]).sum((0, 1)) / presence.sum()
+    log_scale, offset = strength * log_scale, strength * np.array(offset) * size
     while True:
         scale, shift_xy = np.exp(log_scale), centroid + offset - np.exp(log_scale) * centroid
         moved = transform(xy, scale, shift_xy)

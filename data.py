@@ -152,17 +152,17 @@ def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
 OWN_PLACE = cues.CueOptions(align="none")  # in training the driver stands where the reference does
 
 
-def cue_variant(body: tuple, face: tuple, k: int, generator, misaligned: bool, looks: cues.CueOptions) -> list:
+def cue_variant(body: tuple, face: tuple, k: int, generator, misalign: float, looks: cues.CueOptions) -> list:
     """Variant k of a clip's cues, stacked: pose, face (T, 3, H, W), body, face mask (T, 1, H, W), float32.
 
     body, face: (frames, Track) that the Pose Cue and the rest come from, mostly one and the same. Variant 0 is plain,
-    each other one has a cut-off and blank runs of its own; `misaligned` (A.2) moves its Pose Cue.
+    each other one has a cut-off and blank runs of its own; `misalign` > 0 moves its Pose Cue, see `misalignment` (A.2).
     """
     options = replace(looks, location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else looks.cutoff)
     drop = blank_runs(len(body[1].accepted), generator) if k else None
-    misalign = misalignment(body[1].presence(), generator) if misaligned else None
+    moved = misalignment(body[1].presence(), generator, misalign) if misalign else None
     stack = lambda rows: [np.stack(part) for part in zip(*rows)]  # noqa: E731
-    found = stack(cues.render(*body, None, options, drop, misalign))
+    found = stack(cues.render(*body, None, options, drop, moved))
     return found if face is body else [found[0], *stack(cues.render(*face, None, options, drop))[1:]]
 
 
@@ -175,12 +175,14 @@ def latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
     )
 
 
-def pseudo_latents(vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int, looks=OWN_PLACE) -> dict[str, Tensor]:
+def pseudo_latents(
+    vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int, looks=OWN_PLACE, misalign: float = 1.0
+) -> dict[str, Tensor]:
     """P pairs of a body and a face video, each (frames, Track) -> pseudo_pose, pseudo_face, (P*K, f, 16, h, w)."""
     pose, face = [], []
     for p, pair in enumerate(pairs):
         for k in range(variants):
-            found = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), True, looks)
+            found = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), misalign, looks)
             pose.append(found[0]), face.append(found[1])
     return {"pseudo_pose": latents(vae, pose), "pseudo_face": latents(vae, face)}
 
@@ -196,6 +198,7 @@ def encode_clip(
     variants: int,
     refs: int,
     looks=OWN_PLACE,
+    misalign: float = 1.0,
 ) -> dict[str, Tensor]:
     """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
 
@@ -203,7 +206,7 @@ def encode_clip(
     pairs: those of other identities. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key`
     seeds every draw.
     """
-    variant = [cue_variant(*own, k, keyed(*key, k), False, looks) for k in range(variants)]
+    variant = [cue_variant(*own, k, keyed(*key, k), 0, looks) for k in range(variants)]
     pose, face, body, face_mask = variant[0]
     generator = keyed(*key, 999)
     frame = np.sort(generator.choice(len(video), size=min(refs, len(video)), replace=False))
@@ -227,7 +230,7 @@ def encode_clip(
         "ref_face": single(face[frame]),
         "text": text.to(torch.bfloat16),
     }
-    tensors |= pseudo_latents(vae, pairs, key, variants, looks) if pairs else {}
+    tensors |= pseudo_latents(vae, pairs, key, variants, looks, misalign) if pairs else {}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -274,7 +277,7 @@ def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
     if generator.random() < args.pseudo_faults:  # a bad pseudo video, which a filter would have dropped: another motion
         other = toy.render(identity=number + 500_000, motion=number + 700_000, frames=TOY_FRAMES, size=TOY_SIZE)
     pair, pairs = toy_pair(own, args, generator), [toy_pair(other, args, generator)]
-    sizes = (number,), args.variants, args.refs, toy_looks(args)
+    sizes = (number,), args.variants, args.refs, toy_looks(args), args.misalign
     tensors = encode_clip(vae, own.video, pair, pairs, toy_text(), *sizes)
     save_cache(tensors, args.output / "cache" / f"{number:06d}.safetensors")
 
@@ -337,7 +340,7 @@ def make_example(args) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     who, what = HELD_OUT + 518, HELD_OUT + 517
     reference = toy.render(identity=who, motion=who, frames=1, size=384)
-    drive = toy.render(identity=what, motion=what, frames=17, size=384)
+    drive = toy.render(identity=what, motion=what, camera=who, frames=TOY_FRAMES, size=384)
     write_image(args.output / "ref.png", reference.video[0])
     write_image(args.output / "ref_mask.png", cues.paint_mask(reference.body[0], reference.face[0]))
     write_video(args.output / "drive.mp4", drive.video, toy.FPS)
@@ -558,6 +561,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="Table 3: S4 gray, S3 rgb, S5 skeleton")
     add("--joint-noise", type=float, default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="Table 3: S2 inplace")
+    add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
     add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that draw and encode")
     add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument

@@ -45,7 +45,7 @@ from data import (
     toy_text,
     write_text,
 )
-from diffusion import Schedule, dpm_solver, windows
+from diffusion import Schedule, ddim, dpm_solver, windows
 from evaluate import masked_l1, masked_psnr
 from load_cogvideox import load_weights, pick_device
 from video import write_gif, write_image
@@ -226,7 +226,8 @@ def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int)
         return model(x, torch.tensor([step]), text, pose[:, index], face[:, index]).float()
 
     fused = windows(velocity, pose.shape[1] - 1, WINDOW)
-    latents = dpm_solver(fused, draw(), Schedule(), args.steps, noise=draw)[:, 1:]
+    solver, extra = (dpm_solver, {"noise": draw}) if args.sampler == "dpm" else (ddim, {})
+    latents = solver(fused, draw(), Schedule(), args.steps, **extra)[:, 1:]
     video = torch.cat([vae.decode(z[None]).float() for z in latents / vae.config.scaling_factor])
     return list(to_picture(video)[:, : args.frames])
 
@@ -260,6 +261,7 @@ def score(args) -> dict:
     result |= {
         "pairs": args.pairs,
         "frames": args.frames,
+        "sampler": args.sampler,
         "sampling_steps": args.steps,
         "degrade": args.degrade,
         "strength": args.strength,
@@ -323,6 +325,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--pairs", type=int, default=64, help="pairs of a person and a motion, none of them in any training data")
     add("--seeds", type=int, default=3, help="sampling seeds")
     add("--steps", type=int, default=20, help="denoising steps")
+    add("--sampler", choices=["dpm", "ddim"], default="dpm", help="dpm adds noise at each step, ddim does not")
     add("--frames", type=int, default=FRAMES, help="of a clip; more than 17 are sampled in windows, and judged over time too")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="as the model was trained")
     add("--joint-noise", type=float, default=0.0, help="as the model was trained")

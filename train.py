@@ -32,12 +32,12 @@ STAGES = ("vae", "0", "1", "2")
 ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
-DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4)
-    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=2e-5, cue_lr=1.0, noise_shift=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
+DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4); steps and lr of each stage
+    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=(2e-5,) * 4, cue_lr=1.0, noise_shift=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
-    "toy": dict(steps=(6000, 6000, 2000, 1600), optimizer="muon", lr=1e-3, cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
+    "toy": dict(steps=(6000, 3000, 2000, 2000), optimizer="muon", lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
                 checkpointing=False, window=5, vae_preset="toy"),
-    "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=1e-3, cue_lr=1.0, noise_shift=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
+    "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=(1e-3,) * 4, cue_lr=1.0, noise_shift=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
 }
 
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     first.add_argument("--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults")
     first.add_argument("--stage", choices=STAGES, default="1", help="see above")
     known, _ = first.parse_known_args(argv)
-    default = DEFAULTS[known.preset]
+    default, stage = DEFAULTS[known.preset], STAGES.index(known.stage)
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -65,11 +65,11 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     add("--dry-run", action="store_true", help="print what would be trained, and stop")
     add("--export", type=Path, metavar="RUN", help="write the newest weights of a run to -o FILE, and stop")
-    add("--steps", type=int, default=default["steps"][STAGES.index(known.stage)], help="optimiser steps")
+    add("--steps", type=int, default=default["steps"][stage], help="optimiser steps")
     add("--batch", type=int, default=default["batch"], help="samples per rank and forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimiser step")
     add("--optimizer", choices=["adamw", "muon"], default=default["optimizer"], help="muon: for the matrices, AdamW for the rest")
-    add("--lr", type=float, default=default["lr"], help="learning rate between warm-up and cool-down")
+    add("--lr", type=float, default=default["lr"][stage], help="learning rate between warm-up and cool-down")
     add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which start at zero")
     add("--noise-shift", type=float, default=default["noise_shift"],
         help="s > 1 trains more on strong noise, where poses are decided: a level u in [0, 1) becomes s u / (1 + (s - 1) u)")

@@ -216,3 +216,15 @@ def test_misalignment_scales_log_uniformly():
     tiny = block(30, 18, 34, 22)
     scales = [misalignment(tiny, np.random.default_rng(seed), probability=1)[0] for seed in range(400)]
     assert abs(np.mean(np.array(scales) < np.sqrt(0.7 * 1.4)) - 0.5) < 0.075
+
+
+def test_half_the_strength_is_half_the_shift_and_the_root_of_the_scale():
+    """The drawn world trains with less than the 5B model's ranges."""
+    tiny, middle = block(30, 18, 34, 22), centre(tight_box(block(30, 18, 34, 22)))
+    for seed in range(20):
+        whole, half, none = (
+            misalignment(tiny, np.random.default_rng(seed), strength, probability=1) for strength in (1, 0.5, 0)
+        )
+        assert half[0] == pytest.approx(whole[0] ** 0.5)
+        drift, less = (transform(middle, *found) - middle for found in (whole, half))
+        assert less == pytest.approx(drift / 2, abs=1e-9) and none[0] == 1 and none[1] == pytest.approx([0, 0])

@@ -315,7 +315,7 @@ def test_a_pose_cue_of_add_pseudo_is_misaligned_and_a_face_cue_is_not(monkeypatc
     clip = toy.render(1, 1, frames=9, size=64)
     masks = [cues.paint_mask(*pair) for pair in zip(clip.body, clip.face)]
     track = cues.analyse(clip.video, clip.video[0], cues.Finder(masks=masks), prepare.OWN_PLACE)
-    monkeypatch.setattr(data, "misalignment", lambda presence, generator: (1.0, np.array([8.0, 0.0])))
+    monkeypatch.setattr(data, "misalignment", lambda presence, generator, strength: (1.0, np.array([8.0, 0.0])))
     plain, moved = (
         data.cue_variant(*[(clip.video, track)] * 2, 0, prepare.keyed(0), misaligned, prepare.OWN_PLACE)
         for misaligned in (False, True)
