@@ -67,3 +67,8 @@ def test_the_generated_parts_are_those_of_this_code():
     import tour
 
     assert tour.refreshed(README) == README, "run: python tour.py --write"
+
+
+def test_the_memory_table_is_what_budget_prints():
+    printed = subprocess.run([sys.executable, "budget.py"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert printed[printed.index("| GPUs") :].strip() in README, "copy the table of: python budget.py"
