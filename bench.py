@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import budget
 import cues
 import toy
-from load_cogvideox import add_cues, dit_name, pick_device, vae_name
+from load_cogvideox import add_cues, dit_name, keep_freed_memory, pick_device, vae_name
 from model import DIT_PRESETS, OFS, DiT, DiTConfig
 from vae import VAE_PRESETS, CausalVAE, VAEConfig
 
@@ -413,7 +413,7 @@ def step_of(model: nn.Module, device: torch.device) -> Callable[[dict], float]:
     """A function that does with a batch what a step of train.py does: forward, backward, AdamW; the loss."""
     import train
 
-    train.keep_freed_memory()  # for both sides
+    keep_freed_memory()  # for both sides
     objective = train.Denoising(model.requires_grad_(True).train(), align_depth=1)
     settings = SimpleNamespace(optimizer="adamw", lr=2e-5, cue_lr=1.0, weight_decay=1e-4, s2x_weight=0.5)
     (optimizer,) = train.make_optimizers(model, settings)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 import cues
 import toy
 from align import misalignment
-from load_cogvideox import load_weights, pick_device, read_header
+from load_cogvideox import keep_freed_memory, load_weights, pick_device, read_header
 from vae import CausalVAE, chunks
 from video import write_image, write_video
 
@@ -302,6 +302,7 @@ HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never t
 def draw_share(args, numbers: list[int], done) -> None:
     """What one worker of `make_toy` does: its own copy of the VAE, one thread, a clip after another."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     dtype = pick_device("cpu")[1]
     vae = load_weights(args.vae, dtype)[0].eval()
     for number in numbers:

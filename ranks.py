@@ -6,12 +6,10 @@ program can read them, and the optimizer in slices, one file a rank, which torch
 again to any other number of ranks.
 """
 
-import ctypes
 import errno
 import json
 import os
 import shutil
-import sys
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,14 +30,6 @@ from load_cogvideox import checkpoints, load_weights, pick_device, save_weights
 from model import DiT
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process's checkpoint says so
-
-
-def keep_freed_memory() -> None:
-    """Ask the GNU C library to reuse freed blocks and not to hand them back: fresh pages cost a CPU's step a tenth."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # other C libraries have no such switch
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
 
 
 class Ranks:

@@ -146,10 +146,10 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import budget  # noqa: E402
 import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
-from load_cogvideox import load_transformer, load_vae, load_weights, save_weights  # noqa: E402
+from load_cogvideox import keep_freed_memory, load_transformer, load_vae, load_weights, save_weights  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
-from ranks import Ranks, Saver, keep_freed_memory, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
+from ranks import Ranks, Saver, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
