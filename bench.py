@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import budget
 import cues
+import finder
 import toy
 from load_cogvideox import add_cues, dit_name, keep_freed_memory, pick_device, vae_name
 from model import DIT_PRESETS, OFS, DiT, DiTConfig
@@ -293,15 +294,15 @@ def loop(frames: list, length: int) -> Iterator:
 def scene(side: int, length: int) -> tuple[dict, Callable]:
     """(a drawn reference and its cues; a function that streams the cues of a drawn clip, given its masks)."""
     other, clip = toy.render(3, 4, frames=1, size=side), toy.render(1, 2, frames=9, size=side)
-    own, masks = ([cues.paint_mask(*pair) for pair in zip(c.body, c.face)] for c in (other, clip))
+    own, masks = ([finder.paint_mask(*pair) for pair in zip(c.body, c.face)] for c in (other, clip))
     reference = other.video[0]
 
     def make() -> Iterator[tuple]:
-        find = cues.Finder(masks=loop(masks, length), reference_mask=own[0])
+        find = finder.Finder(masks=loop(masks, length), reference_mask=own[0])
         track = cues.analyse(loop(clip.video, length), reference, find)
         return cues.render(loop(clip.video, length), track)
 
-    find = cues.Finder(masks=own, reference_mask=own[0])
+    find = finder.Finder(masks=own, reference_mask=own[0])
     return {"reference": reference, "own": list(cues.extract(other.video, reference, find).frames())}, make
 
 

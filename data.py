@@ -41,6 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cues
+import finder
 import toy
 from align import misalignment
 from load_cogvideox import keep_freed_memory, load_weights, pick_device, read_header
@@ -237,10 +238,10 @@ def encode_clip(
 # ---- the drawn world as a data folder ------------------------------------------------------------------------------
 
 
-def toy_finder(clip: toy.Clip) -> cues.Finder:
+def toy_finder(clip: toy.Clip) -> finder.Finder:
     """Exact masks in place of the segmenter and the face finder; everything after them is as for real video."""
-    masks = [cues.paint_mask(body, face) for body, face in zip(clip.body, clip.face)]
-    return cues.Finder(masks=masks, reference_mask=masks[0])
+    masks = [finder.paint_mask(body, face) for body, face in zip(clip.body, clip.face)]
+    return finder.Finder(masks=masks, reference_mask=masks[0])
 
 
 def toy_text() -> Tensor:
@@ -343,11 +344,11 @@ def make_example(args) -> None:
     reference = toy.render(identity=who, motion=who, frames=1, size=384)
     drive = toy.render(identity=what, motion=what, camera=who, frames=TOY_FRAMES, size=384)
     write_image(args.output / "ref.png", reference.video[0])
-    write_image(args.output / "ref_mask.png", cues.paint_mask(reference.body[0], reference.face[0]))
+    write_image(args.output / "ref_mask.png", finder.paint_mask(reference.body[0], reference.face[0]))
     write_video(args.output / "drive.mp4", drive.video, toy.FPS)
     (args.output / "masks").mkdir(exist_ok=True)
     for index, (body, face) in enumerate(zip(drive.body, drive.face)):
-        write_image(args.output / "masks" / f"{index:03d}.png", cues.paint_mask(body, face))
+        write_image(args.output / "masks" / f"{index:03d}.png", finder.paint_mask(body, face))
 
 
 # ---- training samples ----------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from cues import brief, load_insightface, read_mask, to_canvas
+from cues import to_canvas
+from finder import brief, load_insightface, read_mask
 from video import PICTURES, Video, check_output, read_image, resize
 
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")

@@ -42,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cues
+import finder
 from align import centre, warp
 from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, save_cache, toy_text, write_text
 from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, pick_device
@@ -157,15 +158,15 @@ def place(args) -> tuple[torch.device, torch.dtype]:
     return pick_device(args.device, args.dtype)[:2]
 
 
-def make_finder(args) -> cues.Finder:
+def make_finder(args) -> finder.Finder:
     """Who finds person and face; masks, if there are any, come with each video."""
     if not args.masks:
-        return cues.finders(argparse.Namespace(**vars(args), reference_mask=None))
+        return finder.from_arguments(argparse.Namespace(**vars(args), reference_mask=None))
     if not Path(args.masks).is_dir():
         raise ValueError(f"--masks {args.masks}: give a folder that has masks for each video, under its name")
     if args.segmenter or args.sam or args.person:
         raise ValueError("--masks leaves nothing to find: drop --segmenter, --sam and --person")
-    return cues.Finder(face_finder=cues.load_face_finder(args.face_model) if args.face_model else None)
+    return finder.Finder(face_finder=finder.load_face_finder(args.face_model) if args.face_model else None)
 
 
 def replay(track: cues.Track, stretch: float = 1.0, x0: float = 0.0) -> Callable:
@@ -179,7 +180,7 @@ def replay(track: cues.Track, stretch: float = 1.0, x0: float = 0.0) -> Callable
             if stretch != 1:
                 mask = cv2.warpAffine(np.uint8(mask), matrix, track.canvas[::-1], flags=cv2.INTER_NEAREST) > 0
                 box = np.where([1, 0, 1, 0], stretch * box + (1 - stretch) * x0, box)
-            yield frame, cues.Person(mask, *track.scores[index, :2]), box
+            yield frame, finder.Person(mask, *track.scores[index, :2]), box
 
     return find
 
@@ -232,7 +233,7 @@ def read_pieces(args, name: str, source: Path) -> Iterator[tuple[int, float, boo
         yield start * stride, float(video.fps) / stride, fresh, piece
 
 
-def prepare_clip(args, line: dict, piece: list[tuple], find: cues.Finder, vae, encode_text) -> str | None:
+def prepare_clip(args, line: dict, piece: list[tuple], find: finder.Finder, vae, encode_text) -> str | None:
     """Write everything of one clip, clip.json last; or return why it is of no use.
 
     The person is looked for in native pixels. What is killed half-way lies in .part; the next run clears it.
@@ -362,7 +363,7 @@ def sharpness(frames: list, track: cues.Track, kind: str) -> float:
     values = []
     for index in sampled(track.accepted if kind == "body" else np.isfinite(track.face_boxes[:, 0])):
         gray = cv2.cvtColor(letterbox(frames[index], *track.canvas), cv2.COLOR_RGB2GRAY)
-        inside = track.mask(index) if kind == "body" else cues.pixels(track.face_boxes[index])
+        inside = track.mask(index) if kind == "body" else finder.pixels(track.face_boxes[index])
         values.append(cv2.Laplacian(gray, cv2.CV_32F)[inside].var())
     return float(np.median(values)) if values else math.nan
 
@@ -373,7 +374,7 @@ def load_recogniser(args) -> Callable | None:
         print("no insightface model, so whether the identity has changed is not judged")
         return None
     with contextlib.redirect_stdout(io.StringIO()):  # it lists its files
-        app = cues.load_insightface(Path(args.face_model or "buffalo_l"), "detection", "recognition")
+        app = finder.load_insightface(Path(args.face_model or "buffalo_l"), "detection", "recognition")
     if "recognition" not in app.models:
         raise ValueError(f"--face-model {args.face_model} has no ArcFace network: take another, or a YuNet .onnx")
 
@@ -394,7 +395,7 @@ def identity(frames: list, track: cues.Track, embed: Callable) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-def judge(args, kind: str, path: Path, own: tuple, find: cues.Finder, embed) -> tuple[dict, tuple | None]:
+def judge(args, kind: str, path: Path, own: tuple, find: finder.Finder, embed) -> tuple[dict, tuple | None]:
     """Is a pseudo video of use? -> its verdict ("reason" is None if so) and (frames, Track).
 
     Differs: the paper filters by hand. Here: as many frames as the clip, the same pose (bodies), a face
@@ -408,7 +409,7 @@ def judge(args, kind: str, path: Path, own: tuple, find: cues.Finder, embed) -> 
         if args.masks:
             masks = Video(named(Path(args.masks) / kind, path.stem))
         elif kind == "face":  # it may show the face alone, which no person segmenter knows: look everywhere
-            everywhere = [cues.Person(np.ones(frames[0].shape[:2], bool), 1.0, 1.0)]
+            everywhere = [finder.Person(np.ones(frames[0].shape[:2], bool), 1.0, 1.0)]
             find = replace(find, segmenter=lambda frame, previous: everywhere)
         track = cues.analyse(frames, own[0][0], replace(find, masks=masks), OWN_PLACE)
     except (ValueError, OSError) as error:
@@ -641,7 +642,7 @@ def add_commands(commands) -> None:
     add("--variants", type=natural, default=4, help="cue variants a clip, the first without augmentation")
     add("--refs", type=natural, default=8, help="references a clip, each with pixel noise of its own")
     add_device(add)
-    cues.add_finder_arguments(command, "folder with " + masks)
+    finder.add_arguments(command, "folder with " + masks)
 
     command = commands.add_parser("add-pseudo", help="cues of other identities", formatter_class=formatter)
     add = command.add_argument
@@ -654,7 +655,7 @@ def add_commands(commands) -> None:
     add("--min-faces", type=float, default=0.8, help="least share of the clip's faces to be shown")
     add("--min-detail", type=float, default=0.1, help="least sharpness, as a share of the clip's")
     add_device(add)
-    cues.add_finder_arguments(command, "folder with body/ and face/, in each " + masks)
+    finder.add_arguments(command, "folder with body/ and face/, in each " + masks)
 
     command = commands.add_parser("check", help="verify a data folder", formatter_class=formatter)
     add = command.add_argument

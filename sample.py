@@ -104,6 +104,7 @@ from tqdm import tqdm  # noqa: E402
 
 import budget  # noqa: E402
 import cues  # noqa: E402
+import finder  # noqa: E402
 from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
@@ -362,7 +363,7 @@ def animate(args) -> None:
     reference = cover(picture, *output_size(*picture.shape[:2], args.area))
     height, width = reference.shape[:2]
     options = cues.options(args)
-    find = cache(lambda: cues.finders(args))  # made when first needed: not at all if all is remembered
+    find = cache(lambda: finder.from_arguments(args))  # made when first needed: not at all if all is remembered
     try:  # the reference first: its mistakes should not wait for the driving video
         mask = args.reference_mask and Path(args.reference_mask)
         own = analysed(args, reference[None], reference, lambda: find().reference, mask, options)

@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cues
+import finder
 from align import tight_box, transform
-from cues import CueOptions, Finder, Person, PersonNet, Sam, Track, analyse, crop, extract, face_squares
-from cues import faults, fill_gaps, find_face, grid_soften, load_face_finder, low_pass, paint_mask, read_mask
+from cues import CueOptions, Track, analyse, crop, extract, face_squares, faults, fill_gaps, grid_soften, low_pass
 from cues import render
+from finder import Finder, Person, PersonNet, Sam, find_face, load_face_finder, paint_mask, read_mask
 from video import Video, read_image, write_image, write_video
 
 ROOT = Path(__file__).parent.parent
@@ -376,8 +377,8 @@ def test_blobs_come_largest_first_and_without_specks():
     """Noise has hundreds of blobs; each would cost a mask of the frame's size."""
     mask = np.zeros((20, 30), bool)
     mask[1, 1], mask[5:10, 5:10], mask[12:18, 12:28], mask[15, 1] = True, True, True, True
-    assert [blob.sum() for blob in cues.blobs(mask, 0.2)] == [96, 25]
-    assert [blob.sum() for blob in cues.blobs(mask, 1)] == [96] and not cues.blobs(mask & False, 1)
+    assert [blob.sum() for blob in finder.blobs(mask, 0.2)] == [96, 25]
+    assert [blob.sum() for blob in finder.blobs(mask, 1)] == [96] and not finder.blobs(mask & False, 1)
 
 
 def test_a_small_person_is_looked_at_twice():
@@ -419,10 +420,10 @@ class Prompted:
     def predict(self, box, multimask_output, return_logits):
         assert return_logits and not multimask_output
         seen, logits = np.zeros(self.shape, bool), np.full((1, *self.shape), -4.0)
-        seen[cues.pixels(box)] = True
+        seen[finder.pixels(box)] = True
         for person in (HERS, HIS):
             for share, level in ((0.1, -0.5), (0, 1.5), (-0.2, 4)):
-                logits[0][cues.pixels(cues.grown(person + [self.frame, 0] * 2, share))] = level
+                logits[0][finder.pixels(finder.grown(person + [self.frame, 0] * 2, share))] = level
         return np.where(seen, logits, -4), np.array([0.9]), None
 
 
@@ -467,7 +468,7 @@ def test_offline_without_weights_is_one_sentence_with_the_way_out(tmp_path, monk
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(OSError) as error:
         Sam()
-    for part in ("sam_vit_b_01ec64.pth", str(tmp_path / "checkpoints"), cues.SAM_URL, "--masks DIR"):
+    for part in ("sam_vit_b_01ec64.pth", str(tmp_path / "checkpoints"), finder.SAM_URL, "--masks DIR"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -479,9 +480,9 @@ def test_full_size_sam_and_detector_load_published_layouts(tmp_path, monkeypatch
     from torchvision.models.detection import fasterrcnn_resnet50_fpn
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "checkpoints" / Path(cues.SAM_URL).name)
+    torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "checkpoints" / Path(finder.SAM_URL).name)
     detector = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    torch.save(detector.state_dict(), tmp_path / "checkpoints" / Path(cues.DETECTOR_URL).name)
+    torch.save(detector.state_dict(), tmp_path / "checkpoints" / Path(finder.DETECTOR_URL).name)
     sam = Sam()
     assert sam.detector(CLIP[0]).shape[1] == 4
     sam.detector = lambda frame: np.array([[8, 4, 40, 44.0]])
@@ -721,7 +722,7 @@ def test_preview_writes_a_sheet_and_a_film(files, monkeypatch, capsys):
 
 
 def test_several_videos_make_a_folder_of_sheets_and_one_that_fails_is_named(files, monkeypatch, capsys):
-    monkeypatch.setattr(cues, "finders", lambda args: Finder(
+    monkeypatch.setattr(finder, "from_arguments", lambda args: Finder(
         masks=[read_image(p) for p in sorted((files / "masks").iterdir(), key=lambda p: int(p.stem))],
         reference_mask=paint_mask(OWN_BODY, OWN_FACE)))
     shutil.copytree(files / "drive", files / "again")
@@ -792,19 +793,19 @@ def test_detail_of_a_real_frame_falls_by_the_filters_own_curve(assets):
 def test_a_face_that_fills_the_frame_is_found_unless_the_last_one_was_small(assets, name):
     """Detectors miss faces larger than their anchors; a margin brings them back, but also faces in hair."""
     photo, sizes = read_image(assets / "image/dynamictrl_person1.jpg"), []
-    finder = load_face_finder(assets / "weights" / name)
-    (box,) = finder(photo)
-    close = photo[cues.pixels(cues.grown(box, 0.05))]
+    find = load_face_finder(assets / "weights" / name)
+    (box,) = find(photo)
+    close = photo[finder.pixels(finder.grown(box, 0.05))]
     everywhere = np.ones(close.shape[:2], bool)
 
     def blind(frame):                                                  # to what is not surrounded
         sizes.append(frame.shape[:2])
-        return finder(frame) if len(sizes) % 2 == 0 else np.empty((0, 4))
+        return find(frame) if len(sizes) % 2 == 0 else np.empty((0, 4))
 
     near = find_face(blind, close, everywhere, NOBODY)
-    assert cues.box_iou(near, np.array([0, 0, *close.shape[1::-1]])) > 0.6 and sizes[1] > sizes[0]
+    assert finder.box_iou(near, np.array([0, 0, *close.shape[1::-1]])) > 0.6 and sizes[1] > sizes[0]
     assert np.isnan(find_face(blind, close, everywhere, np.array([5, 5, 25, 30.0]))).all() and len(sizes) == 3
-    assert finder(np.zeros((300, 200, 3), np.uint8)).shape == (0, 4)
+    assert find(np.zeros((300, 200, 3), np.uint8)).shape == (0, 4)
 
 
 def real_track(assets, clip, image, fps, start, stop, **finder):

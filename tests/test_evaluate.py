@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import cues
+import finder
 import evaluate
 import toy
 from video import Video, read_image, resize, write_image
@@ -232,7 +232,7 @@ def test_real_faces_are_found_and_their_landmarks_lie_on_them(assets, face):
     reach = int(y1 - y0)
     y0, x0 = max(0, y0 - reach), max(0, x0 - reach)
     close = portrait[y0 : y1 + reach, x0 : x1 + reach]
-    assert not len(cues.load_face_finder(assets / "weights/face")(close)), "only the margin helps"
+    assert not len(finder.load_face_finder(assets / "weights/face")(close)), "only the margin helps"
     again, near = face(close)
     assert again is not None and evaluate.cosine(again, embedding) > 0.5
     assert np.abs(near[:, :2] + (x0, y0) - points[:, :2]).max() < 0.15 * (y1 - y0 + reach)
@@ -415,7 +415,7 @@ def test_one_frame_and_equal_clips(tmp_path, capsys):
 def test_masked_numbers_are_those_of_the_mask(tmp_path, capsys):
     """The toy's exact masks, read from pictures, squeezed with them; frames with an empty one are skipped."""
     clip, other = (toy.render(1, m, frames=3, size=(96, 64)) for m in (2, 3))
-    masks = [cues.paint_mask(b, f) for b, f in zip(clip.body, clip.face)]
+    masks = [finder.paint_mask(b, f) for b, f in zip(clip.body, clip.face)]
     masks[1][:] = 0
     folders = [save_frames(tmp_path / n, v) for n, v in (("g", other.video), ("t", clip.video), ("m", masks))]
     arguments = [*folders[:2], "--masks", folders[2], "--metrics", "masked"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import cues
+import finder
 import toy
 from video import Video, write_image, write_video
 
@@ -103,11 +103,11 @@ def test_full_size_networks_animate_in_16_gib(tmp_path):
     write_random_checkpoint(tmp_path / "backbone")
     clip, other = toy.render(1, 2, frames=9, size=256), toy.render(3, 4, frames=1, size=256)
     write_image(tmp_path / "ref.png", other.video[0])
-    write_image(tmp_path / "ref_mask.png", cues.paint_mask(other.body[0], other.face[0]))
+    write_image(tmp_path / "ref_mask.png", finder.paint_mask(other.body[0], other.face[0]))
     write_video(tmp_path / "drive.mp4", clip.video, Fraction(16))
     (tmp_path / "masks").mkdir()
     for i, (body, face) in enumerate(zip(clip.body, clip.face)):
-        write_image(tmp_path / "masks" / f"{i}.png", cues.paint_mask(body, face))
+        write_image(tmp_path / "masks" / f"{i}.png", finder.paint_mask(body, face))
 
     command = [
         sys.executable,

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cues
+import finder
 import data
 import prepare
 import toy
@@ -33,7 +34,7 @@ def put(videos, masks, name, *clips, fps=16):
     (masks / name).mkdir(parents=True)
     pairs = [pair for clip in clips for pair in zip(clip.body, clip.face)]
     for index, pair in enumerate(pairs):
-        write_image(masks / name / f"{index:03d}.png", cues.paint_mask(*pair))
+        write_image(masks / name / f"{index:03d}.png", finder.paint_mask(*pair))
 
 
 @pytest.fixture(scope="session")
@@ -313,8 +314,8 @@ def test_pseudo_videos_are_filtered_with_a_report_and_the_good_pair_is_cached(co
 def test_a_pose_cue_of_add_pseudo_is_misaligned_and_a_face_cue_is_not(monkeypatch):
     """A.2: the pose moves, face and masks stay; variant 0 has no blank frames."""
     clip = toy.render(1, 1, frames=9, size=64)
-    masks = [cues.paint_mask(*pair) for pair in zip(clip.body, clip.face)]
-    track = cues.analyse(clip.video, clip.video[0], cues.Finder(masks=masks), prepare.OWN_PLACE)
+    masks = [finder.paint_mask(*pair) for pair in zip(clip.body, clip.face)]
+    track = cues.analyse(clip.video, clip.video[0], finder.Finder(masks=masks), prepare.OWN_PLACE)
     monkeypatch.setattr(data, "misalignment", lambda presence, generator, strength: (1.0, np.array([8.0, 0.0])))
     plain, moved = (
         data.cue_variant(*[(clip.video, track)] * 2, 0, prepare.keyed(0), misaligned, prepare.OWN_PLACE)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cues
+import finder
 import sample
 import toy
 from video import Video, read_image, write_image, write_video
@@ -25,12 +26,12 @@ def example(tmp_path_factory):
     folder = tmp_path_factory.mktemp("example")
     clip, other = toy.render(1, 2, frames=10, size=64), toy.render(3, 4, frames=1, size=(96, 64))
     write_image(folder / "ref.png", other.video[0])
-    write_image(folder / "ref_mask.png", cues.paint_mask(other.body[0], other.face[0]))
+    write_image(folder / "ref_mask.png", finder.paint_mask(other.body[0], other.face[0]))
     write_sound(folder / "sound.mp4", seconds=3)
     write_video(folder / "drive.mp4", clip.video, Fraction(8), audio=folder / "sound.mp4")
     (folder / "masks").mkdir()
     for i, (body, face) in enumerate(zip(clip.body, clip.face)):
-        write_image(folder / "masks" / f"{i:03d}.png", cues.paint_mask(body, face))
+        write_image(folder / "masks" / f"{i:03d}.png", finder.paint_mask(body, face))
     return folder
 
 
@@ -123,7 +124,7 @@ def test_a_second_run_on_the_same_files_looks_for_nobody(example, tmp_path, monk
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        for module, name in ((cues, "analyse"), (cues, "finders"), (sample, "text_encoder")):
+        for module, name in ((cues, "analyse"), (finder, "from_arguments"), (sample, "text_encoder")):
             patch.setattr(module, name, forbidden)
         run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
@@ -138,7 +139,7 @@ def test_pose_and_face_of_other_videos_and_the_place_of_the_driver(example, tmp_
     write_video(tmp_path / "other.mp4", other.video, Fraction(8))
     (tmp_path / "masks").mkdir()
     for i, (body, face) in enumerate(zip(other.body, other.face)):
-        write_image(tmp_path / "masks" / f"{i:03d}.png", cues.paint_mask(body, face))
+        write_image(tmp_path / "masks" / f"{i:03d}.png", finder.paint_mask(body, face))
     same = ["--pose", example / "drive.mp4", "--pose-masks", example / "masks"]
     same += ["--face", example / "drive.mp4", "--face-masks", example / "masks"]
     pose = ["--pose", tmp_path / "other.mp4", "--pose-masks", tmp_path / "masks"]
@@ -236,7 +237,7 @@ def test_one_frame_clip_and_odd_counts(example, tmp_path):
         for i in range(n):
             (folder / "masks").mkdir(parents=True, exist_ok=True)
             (folder / "frames").mkdir(parents=True, exist_ok=True)
-            write_image(folder / "masks" / f"{i}.png", cues.paint_mask(clip.body[i], clip.face[i]))
+            write_image(folder / "masks" / f"{i}.png", finder.paint_mask(clip.body[i], clip.face[i]))
             write_image(folder / "frames" / f"{i}.png", clip.video[i])
         run(
             example,
@@ -320,13 +321,13 @@ def test_memory_does_not_grow_with_the_clip_and_no_frame_is_lost(tmp_path):
     from test_full_size import run_watched
 
     write_image(tmp_path / "ref.png", (other := toy.render(3, 4, frames=1)).video[0])
-    write_image(tmp_path / "ref_mask.png", cues.paint_mask(other.body[0], other.face[0]))
+    write_image(tmp_path / "ref_mask.png", finder.paint_mask(other.body[0], other.face[0]))
     peaks = {}
     for frames in (100, 1000):
         clip, masks = toy.render(1, 2, frames=frames), tmp_path / f"masks{frames}"
         masks.mkdir()
         for i, (body, face) in enumerate(zip(clip.body, clip.face)):
-            write_image(masks / f"{i:04d}.png", cues.paint_mask(body, face))
+            write_image(masks / f"{i:04d}.png", finder.paint_mask(body, face))
         write_video(tmp_path / f"{frames}.mp4", clip.video, Fraction(16))
         command = [sys.executable, "sample.py", tmp_path / "ref.png", tmp_path / f"{frames}.mp4", "--masks", masks]
         command += ["--reference-mask", tmp_path / "ref_mask.png", "--steps", 4, "--device", "cpu"]
