@@ -174,6 +174,13 @@ def face_squares(boxes: np.ndarray, enlarge: float = 1.6, window: int = 5) -> np
     return np.concatenate((middle - half, middle + half), 1)
 
 
+def to_canvas(boxes, source_shape, canvas, back: bool = False) -> np.ndarray:
+    """Boxes (..., 4) of a native frame -> where the letterbox puts them on the canvas, or back."""
+    scale_x, scale_y, x0, y0 = letterbox_box(*source_shape[:2], *canvas)
+    scale, offset = np.array([scale_x, scale_y] * 2), np.array([x0, y0] * 2)
+    return (boxes + 0.5 - offset) / scale - 0.5 if back else (boxes + 0.5) * scale + offset - 0.5
+
+
 def crop(frame: np.ndarray, box, side: int) -> np.ndarray:
     """The region `box` of a frame as side x side pixels, black beyond the frame.
 
@@ -200,13 +207,6 @@ def face_cue(frame, square, options: CueOptions, canvas) -> np.ndarray:
 
 
 # ---- Pass 1: analyse ----
-
-def to_canvas(boxes, source_shape, canvas, back: bool = False) -> np.ndarray:
-    """Boxes (..., 4) of a native frame -> where the letterbox puts them on the canvas, or back."""
-    scale_x, scale_y, x0, y0 = letterbox_box(*source_shape[:2], *canvas)
-    scale, offset = np.array([scale_x, scale_y] * 2), np.array([x0, y0] * 2)
-    return (boxes + 0.5 - offset) / scale - 0.5 if back else (boxes + 0.5) * scale + offset - 0.5
-
 
 def colours(frame: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (8, 8, 8), the share of each colour."""
