@@ -282,7 +282,7 @@ def row(what: str, sizes: str, ratio: float, target="", dtype="bfloat16", repeat
 
 
 def token_words(c: DiTConfig, slots: int, side: int, text: int) -> str:
-    return f"{c.depth} blocks of {c.dim}, {text} + {budget.tokens(slots, side, side):,} tokens"
+    return f"{c.depth} blocks of {c.dim}, {text} + {budget.tokens(c, slots, side, side):,} tokens"
 
 
 def loop(frames: list, length: int) -> Iterator:
@@ -396,7 +396,7 @@ def bench_dit(setting: Setting) -> Iterator[dict]:
     ours, theirs = our_network(DiT, config, network, dit_name), Theirs(network, config, slots, side)
     inputs = inputs_of(random_batch(config, *size, device))
     sides = {"ours": lambda: ours(*inputs), "diffusers": lambda: theirs(*inputs)[0]}
-    flops = budget.forward_flops(config, budget.tokens(slots, side, side), text)
+    flops = budget.forward_flops(config, budget.tokens(config, slots, side, side), text)
     for mode in setting.modes(ours.blocks, network.transformer_blocks):
         times, words = setting.times(sides), token_words(config, *size)
         figures = speeds(setting, times, flops, setting.matmul)
@@ -440,7 +440,7 @@ def train_beside(setting: Setting, config: DiTConfig, slots: int, side: int, tex
     del batch["pose"], batch["face"]
     steps = {name: step_of(model, setting.device) for name, model in models.items()}
     times = setting.times({name: lambda step=step: step(batch) for name, step in steps.items()})
-    flops = budget.step_flops(config, budget.tokens(slots, side, side), text, 1, False, 0)
+    flops = budget.step_flops(config, budget.tokens(config, slots, side, side), text, 1, False, 0)
     figures = {"M parameters": budget.numbers(config) / 1e6} | speeds(setting, times, flops, setting.matmul)
     what, words = "step without cues: diffusers' time / ours", token_words(config, slots, side, text)
     return row(what, words, ratio(times), ">= 1.1", AUTOCAST, **figures)
@@ -474,7 +474,7 @@ def train_teacher(setting: Setting, config: DiTConfig, *size: int) -> dict:
 def train_full_width(setting: Setting) -> Iterator[dict]:
     """On a GPU: as many blocks of full width as fit, with cues and checkpointing, and the use of its peak."""
     (config, slots, side, text), device = setting.dit, setting.device
-    video, room = budget.tokens(slots, side, side), budget.capacity(device, 1)
+    video, room = budget.tokens(config, slots, side, side), budget.capacity(device, 1)
     needed = lambda c: sum(budget.memory(c, 1, "none", False, 0, video, text, 1, True).values())  # noqa: E731
     depths = (replace(config, depth=depth) for depth in range(config.depth, 0, -1))
     config = next(c for c in depths if needed(c) <= room)
@@ -509,7 +509,7 @@ def step_memory(config: DiTConfig, slots: int, side: int, text: int) -> tuple[fl
 
 def train_memory(setting: Setting, config: DiTConfig, slots: int, side: int, text: int) -> dict:
     """The peak of a whole step beside what budget.py, and so --dry-run, says of it."""
-    parts = budget.memory(config, 1, "none", False, 0, budget.tokens(slots, side, side), text, 1, True)
+    parts = budget.memory(config, 1, "none", False, 0, budget.tokens(config, slots, side, side), text, 1, True)
     loss, held = fresh(step_memory, config, slots, side, text)
     if not math.isfinite(loss):
         raise ValueError(f"a step of full width gives a loss of {loss}")

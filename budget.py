@@ -9,6 +9,7 @@ tensors that autograd keeps; `tests/test_budget.py` compares both with real ones
 """
 
 import argparse
+import math
 from dataclasses import replace
 from functools import lru_cache
 
@@ -32,9 +33,9 @@ PASSING = 10  # those that come and go in the backward pass of one block, mostly
 # ---- tokens and FLOPs ----------------------------------------------------------------------------------------------
 
 
-def tokens(slots: int, h: int, w: int) -> int:
-    """Video tokens of `slots` latents of h x w: 2 x 2 x 2 latents each."""
-    return slots // 2 * (h // 2) * (w // 2)
+def tokens(config: DiTConfig, slots: int, h: int, w: int) -> int:
+    """Video tokens of `slots` latents of h x w."""
+    return slots * h * w // math.prod(config.patch)
 
 
 def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = None) -> float:
@@ -47,7 +48,7 @@ def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = 
     block = 24 * D**2 * S + 4 * D * S**2
     if config.cue_channels and config.cue_injection == "cross":
         block += 8 * D**2 * video + 4 * D * video**2
-    patches = 8 * (config.in_channels + config.out_channels + 2 * config.cue_channels)
+    patches = math.prod(config.patch) * (config.in_channels + config.out_channels + 2 * config.cue_channels)
     ends = 2 * D * (patches * video + config.text_dim * text)
     return (config.depth if depth is None else depth) * block + ends
 
@@ -181,7 +182,7 @@ def main():
     config, slots, side, text, depth = DIT_PRESETS[args.preset], 14, 64, 226, 10
     if args.preset != "cogvideox1.5-5b":
         slots, side, text, depth = 6, 12, 4, 1
-    video = tokens(slots, side, side)
+    video = tokens(config, slots, side, side)
     print(f"{numbers(config):,} parameters; {video:,} video and {text} text tokens a sample;")
     print(
         f"forward {forward_flops(config, video, text) / 1e12:,.2f} TFLOP; times at {MFU:.0%} of one {args.gpu}'s bfloat16 peak\n"

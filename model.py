@@ -4,7 +4,7 @@ Read it bottom-up: RoPE, one expert block, CueFusion, the model. Without cues it
 (`tests/test_parity.py` compares it with diffusers); with freshly made cue layers it still is, because they start at
 zero.
 
-Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens = (f/2)(h/2)(w/2);
+Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens, (f/2)(h/2)(w/2);
 L text tokens; D width. Inside a block `x` are the video tokens (hidden_states in diffusers), `c` the text tokens
 (encoder_hidden_states), `t_emb` the time embedding (temb), `pose` and `face` the cue streams.
 
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-PATCH = 2  # a token is 2 x 2 x 2 latents; f, h and w must be even
 OFS = 2.0  # CogVideoX1.5 I2V was trained with this constant beside the step: in effect a learned bias
 
 
@@ -38,8 +37,10 @@ class DiTConfig:
     ofs: bool  # image-to-video 1.5 adds the embedding of a constant to the step's
     cue_channels: int  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
     cue_injection: str  # "cuefusion", "concat" (DC injection) or "cross" (CA injection)
+    patch: tuple[int, int, int] = (2, 2, 2)  # latents in a token: frames, rows, columns
 
     def __post_init__(self):
+        object.__setattr__(self, "patch", tuple(self.patch))  # a list where it comes from JSON
         if self.dim % (16 * self.num_heads):
             raise ValueError(
                 f"dim={self.dim}: each of {self.num_heads} heads needs a multiple of 16 (RoPE splits it 4:6:6)"
@@ -50,7 +51,8 @@ class DiTConfig:
 
 DIT_PRESETS = {
     "cogvideox1.5-5b": DiTConfig(3072, 42, 48, 32, 16, 4096, 512, True, 17, "cuefusion"),
-    "toy": DiTConfig(256, 4, 4, 32, 16, 64, 48, True, 17, "cuefusion"),
+    # small pictures want small patches: a person is 9 tokens tall here, 20 at 512x512; with 2x2x2 she would be 4
+    "toy": DiTConfig(256, 4, 4, 32, 16, 64, 48, True, 17, "cuefusion", patch=(2, 1, 1)),
     "tiny": DiTConfig(64, 2, 2, 32, 16, 32, 48, True, 17, "cuefusion"),
 }
 
@@ -89,18 +91,16 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
-def patchify(latents: Tensor) -> Tensor:
+def patchify(latents: Tensor, patch: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
     """(B, f, C, h, w) -> (B, N, C*8); tokens ordered t, h, w; inside a token channel slowest, then t, h, w."""
-    B, f, C, h, w = latents.shape
-    x = latents.reshape(B, f // 2, 2, C, h // 2, 2, w // 2, 2)
-    return x.permute(0, 1, 4, 6, 3, 2, 5, 7).reshape(B, -1, C * 8)
+    x = latents.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(1, (-1, patch[0]))
+    return x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)  # from (B, f/2, 2, C, h/2, 2, w/2, 2)
 
 
-def unpatchify(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
     """The inverse of patchify: (B, N, C*8) -> (B, f, C, h, w), grid = (f/2, h/2, w/2)."""
-    f, h, w = grid
-    x = x.reshape(x.shape[0], f, h, w, -1, 2, 2, 2)
-    return x.permute(0, 1, 5, 4, 2, 6, 3, 7).reshape(x.shape[0], 2 * f, -1, 2 * h, 2 * w)
+    x = x.unflatten(1, grid).unflatten(4, (-1, *patch))  # (B, f/2, h/2, w/2, C, 2, 2, 2)
+    return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(1, 2)
 
 
 def zero(linear: nn.Linear) -> None:
@@ -263,18 +263,18 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
-        dim = config.dim
+        dim, volume = config.dim, math.prod(config.patch)
         self.checkpointing = False
-        self.patch_embed = nn.Linear(config.in_channels * 8, dim)
+        self.patch_embed = nn.Linear(config.in_channels * volume, dim)
         self.text_embed = nn.Linear(config.text_dim, dim)
         self.time_embed = time_mlp(dim, config.time_dim)
         self.ofs_embed = time_mlp(config.time_dim, config.time_dim) if config.ofs else None
-        self.pose_embed = nn.Linear(config.cue_channels * 8, dim) if config.cue_channels else None
-        self.face_embed = nn.Linear(config.cue_channels * 8, dim) if config.cue_channels else None
+        self.pose_embed = nn.Linear(config.cue_channels * volume, dim) if config.cue_channels else None
+        self.face_embed = nn.Linear(config.cue_channels * volume, dim) if config.cue_channels else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm_final = nn.LayerNorm(dim, eps=1e-5)
         self.norm_out = FinalNorm(dim, config.time_dim)
-        self.proj_out = nn.Linear(dim, config.out_channels * 8)
+        self.proj_out = nn.Linear(dim, config.out_channels * volume)
         self.init_backbone()
         self.init_cues()
 
@@ -298,7 +298,7 @@ class DiT(nn.Module):
                 zero(embed)
                 continue
             embed.bias.copy_(self.patch_embed.bias)
-            trunk = self.patch_embed.weight.unflatten(1, (-1, 8))[:, : C - 1]  # (D, 16, 8), channel slowest
+            trunk = self.patch_embed.weight.unflatten(1, (self.config.in_channels, -1))[:, : C - 1]  # (D, 16, 8)
             mask = 0.02 * torch.randn_like(trunk[:, :1])
             embed.weight.copy_(torch.cat([trunk, mask], dim=1).flatten(1))
         for block in self.blocks:
@@ -308,23 +308,23 @@ class DiT(nn.Module):
     def embed(self, latents, step, text, pose, face):
         """Everything before block 1 -> x (B,N,D), c (B,L,D), pose, face (B or 1,N,D) or None, t_emb, rope, grid."""
         B, f, C, h, w = latents.shape
-        if f % PATCH or h % PATCH or w % PATCH or C != self.config.in_channels:
-            raise ValueError(
-                f"latents (B,f,C,h,w)={tuple(latents.shape)}: f, h, w must be even and C {self.config.in_channels}"
-            )
+        patch = self.config.patch
+        grid = f // patch[0], h // patch[1], w // patch[2]
+        if (f, h, w) != tuple(n * p for n, p in zip(grid, patch)) or C != self.config.in_channels:
+            given = f"latents (B,f,C,h,w)={tuple(latents.shape)}"
+            raise ValueError(f"{given}: f, h, w must be multiples of {patch} and C {self.config.in_channels}")
         dtype = self.patch_embed.weight.dtype
-        x = self.patch_embed(patchify(latents.to(dtype)))  # (B, N, D)
+        x = self.patch_embed(patchify(latents.to(dtype), patch))  # (B, N, D)
         c = self.text_embed(text.to(dtype))  # (B, L, D)
         t_emb = self.time_embed(sinusoid(step, self.config.dim).to(dtype))  # (B, time_dim)
         if self.ofs_embed is not None:
             ofs = torch.full((1,), OFS, device=latents.device)
             t_emb = t_emb + self.ofs_embed(sinusoid(ofs, self.config.time_dim).to(dtype))
         if pose is not None:
-            pose = self.pose_embed(patchify(pose.to(dtype)))  # (B, N, D)
-            face = self.face_embed(patchify(face.to(dtype)))
+            pose = self.pose_embed(patchify(pose.to(dtype), patch))  # (B, N, D)
+            face = self.face_embed(patchify(face.to(dtype), patch))
             if self.config.cue_injection == "concat":  # one Linear over concatenated channels is a sum of Linears
                 x, pose, face = x + pose + face, None, None
-        grid = f // PATCH, h // PATCH, w // PATCH
         rope = rope_table(c.shape[1], grid, self.config.dim // self.config.num_heads, latents.device)
         return x, c, pose, face, t_emb, rope, grid
 
@@ -370,7 +370,7 @@ class DiT(nn.Module):
             x, c, pose, face = self.run_block(block, x, c, pose, face, t_emb, rope)
             if depth == tap:
                 tapped = x
-        v = unpatchify(self.proj_out(self.norm_out(self.norm_final(x), t_emb)), grid)  # (B, f, 16, h, w)
+        v = unpatchify(self.proj_out(self.norm_out(self.norm_final(x), t_emb)), grid, self.config.patch)  # (B, f, 16, h, w)
         return v if tap is None else (v, tapped)
 
 

@@ -32,12 +32,12 @@ STAGES = ("vae", "0", "1", "2")
 ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
-DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4); steps and lr of each stage
-    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=(2e-5,) * 4, cue_lr=1.0, noise_shift=1.0, batch=1, align_depth=10, ema=0.0, cooldown=0.0,
+DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4); steps, lr and batch of each stage
+    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=(2e-5,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(1,) * 4, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
-    "toy": dict(steps=(6000, 3000, 2000, 2000), optimizer="muon", lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, noise_shift=4.0, batch=16, align_depth=1, ema=0.998, cooldown=0.3,
+    "toy": dict(steps=(6000, 3000, 3000, 3000), optimizer="muon", lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, noise_shift=4.0, batch=(1, 4, 4, 4), align_depth=1, ema=0.998, cooldown=0.3,
                 checkpointing=False, window=5, vae_preset="toy"),
-    "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=(1e-3,) * 4, cue_lr=1.0, noise_shift=1.0, batch=2, align_depth=1, ema=0.9, cooldown=0.3,
+    "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=(1e-3,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(2,) * 4, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
 }
 
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print what would be trained, and stop")
     add("--export", type=Path, metavar="RUN", help="write the newest weights of a run to -o FILE, and stop")
     add("--steps", type=int, default=default["steps"][stage], help="optimiser steps")
-    add("--batch", type=int, default=default["batch"], help="samples per rank and forward pass")
+    add("--batch", type=int, default=default["batch"][stage], help="samples per rank and forward pass")
     add("--accumulate", type=int, default=1, help="forward passes per optimiser step")
     add("--optimizer", choices=["adamw", "muon"], default=default["optimizer"], help="muon: for the matrices, AdamW for the rest")
     add("--lr", type=float, default=default["lr"][stage], help="learning rate between warm-up and cool-down")
@@ -460,8 +460,8 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
     """Print tokens, FLOPs and bytes, choose --shard if nobody did, refuse what cannot fit -> FLOPs of this rank's step."""
     shapes = {name: t.shape for name, t in clips.batch(0, [0], 1).items()}
     (_, slots, _, h, w), text = shapes["latents"], shapes["text"][1]
-    config, video = dit_config(args), budget.tokens(slots, h, w)
-    config = replace(config, cue_channels=0) if args.stage == "0" else config
+    config = replace(dit_config(args), **{"cue_channels": 0} if args.stage == "0" else {})
+    video = budget.tokens(config, slots, h, w)
     teacher = args.align_depth if args.stage == "2" and args.s2x_weight else 0
 
     def parts(shard, count, batch, checkpointing) -> dict:

@@ -24,7 +24,7 @@ def test_parameters_of_the_5b_model():
 
 def test_forward_flops_of_the_5b_model_are_those_of_its_tokens():
     """9.513e9 S + 516,096 S^2 for S tokens, plus embeddings and output; 0.099 PFLOP for 49 frames at 512 x 512."""
-    video = budget.tokens(14, 64, 64)
+    video = budget.tokens(FULL, 14, 64, 64)
     assert video == 7168
     S = video + 226
     whole = budget.forward_flops(FULL, video, 226)
@@ -36,7 +36,7 @@ def test_flops_equal_those_that_a_real_forward_pass_counts(injection):
     """torch's own counter, whose matrix products are all of ours but the few on one vector a sample (adaLN, time)."""
     config = replace(TINY, cue_channels=0) if injection == "none" else replace(TINY, cue_injection=injection)
     x, cue = torch.randn(1, 6, 32, 12, 8), torch.randn(1, 6, 17, 12, 8) if injection != "none" else None
-    video, text = budget.tokens(6, 12, 8), 5
+    video, text = budget.tokens(TINY, 6, 12, 8), 5
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         DiT(config)(x, torch.tensor([5]), torch.randn(1, text, 32), cue, cue)
     vectors = sum(p[1].numel() * 2 for p in budget.parameters(config) if any(k in p[0] for k in ("time_embed", "ofs_embed", "norm1.linear", "norm2.linear", "norm_out.linear", "cues.mlp")) and len(p[1]) == 2)  # fmt: skip

@@ -389,7 +389,7 @@ def test_checkpointing_keeps_only_the_streams_between_blocks():
 def test_odd_sizes_and_wrong_channels_are_refused_in_one_sentence(shape):
     """Never padded in silence. Catches a check that misses an axis."""
     latents, step, text, _, _ = inputs()
-    with pytest.raises(ValueError, match="must be even and C 32") as error:
+    with pytest.raises(ValueError, match="multiples of .2, 2, 2. and C 32") as error:
         loaded()(torch.zeros(2, *shape), step, text)
     assert str((2, *shape)) in str(error.value) and "\n" not in str(error.value)
 
@@ -410,33 +410,36 @@ def test_impossible_configs_are_refused(change, message):
 # ---- tokens and positions ------------------------------------------------------------------------------------------
 
 
-def test_patchify_orders_tokens_t_h_w_and_features_c_t_h_w():
+@pytest.mark.parametrize("patch", [(2, 2, 2), (2, 1, 1), (1, 3, 2)])
+def test_patchify_orders_tokens_t_h_w_and_features_c_t_h_w(patch):
     """An index tensor against loops: the order CogVideoX1.5's patch projection was trained with (fact sheet 3.1, step 2)."""
     B, f, C, h, w = 2, 4, 3, 6, 10
+    pt, ph, pw = patch
     latents = torch.arange(B * f * C * h * w).view(B, f, C, h, w)
-    tokens = patchify(latents)
-    assert tokens.shape == (B, 2 * 3 * 5, C * 8)
+    tokens = patchify(latents, patch)
+    assert tokens.shape == (B, f * h * w // (pt * ph * pw), C * pt * ph * pw)
     for b in range(B):
         n = 0
-        for t in range(f // 2):
-            for row in range(h // 2):
-                for column in range(w // 2):
+        for t in range(f // pt):
+            for row in range(h // ph):
+                for column in range(w // pw):
                     k = 0
                     for c in range(C):
-                        for dt in range(2):
-                            for dh in range(2):
-                                for dw in range(2):
-                                    assert tokens[b, n, k] == latents[b, 2 * t + dt, c, 2 * row + dh, 2 * column + dw]
+                        for dt in range(pt):
+                            for dh in range(ph):
+                                for dw in range(pw):
+                                    y, x = row * ph + dh, column * pw + dw
+                                    assert tokens[b, n, k] == latents[b, t * pt + dt, c, y, x]
                                     k += 1
                     n += 1
 
 
-@given(st.tuples(*[st.integers(1, 4)] * 5))
+@given(st.tuples(*[st.integers(1, 4)] * 5), st.tuples(*[st.integers(1, 3)] * 3))
 @settings(max_examples=40, deadline=None)
-def test_unpatchify_inverts_patchify_at_any_size(sizes):
+def test_unpatchify_inverts_patchify_at_any_size(sizes, patch):
     B, f, C, h, w = sizes
-    latents = torch.randn(B, 2 * f, C, 2 * h, 2 * w)
-    assert torch.equal(unpatchify(patchify(latents), (f, h, w)), latents)
+    latents = torch.randn(B, patch[0] * f, C, patch[1] * h, patch[2] * w)
+    assert torch.equal(unpatchify(patchify(latents, patch), (f, h, w), patch), latents)
 
 
 def test_rope_equals_a_loop_over_tokens_and_pairs():
@@ -529,7 +532,7 @@ def test_python_model_py_prints_the_shapes_of_one_forward(capsys):
     """The module's own command works and shows CueFusion's three outputs."""
     runpy.run_path(str(Path(__file__).parent.parent / "model.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "blocks.0.cues  [(1, 108, 256), (1, 108, 256), (1, 108, 256)]" in printed
+    assert "blocks.0.cues  [(1, 432, 256), (1, 432, 256), (1, 432, 256)]" in printed
     assert "(1, 6, 16, 12, 12)" in printed and f"{count(DIT_PRESETS['toy']):,} parameters" in printed
 
 
