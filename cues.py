@@ -332,11 +332,11 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
                          f"{rejected[worst].sum()} fail for: {worst}")
     track.scale, track.shift_xy = align(options.align, own_box, track.body_boxes, own_face, face_boxes,
                                         track.accepted)
-    track.warnings = complaints(track, own_face, cuts)
+    track.warnings = complaints(track, own_face, cuts, options.align)
     return track
 
 
-def complaints(track: Track, own_face: np.ndarray, cuts: list[int]) -> list[str]:
+def complaints(track: Track, own_face: np.ndarray, cuts: list[int], align: str) -> list[str]:
     """What a person should look at before spending GPU hours, in words."""
     lines, kept, seen = [], track.accepted, np.isfinite(track.face_boxes[:, 0])
     if kept.mean() < 0.5:
@@ -353,7 +353,7 @@ def complaints(track: Track, own_face: np.ndarray, cuts: list[int]) -> list[str]
     if not low <= track.scale <= high:
         lines.append(f"scale {track.scale:.2f} is outside [{low:g}, {high:g}]: crop the video or the "
                      "reference, so that both persons fill their pictures alike")
-    if (kept & seen).any() and np.isfinite(own_face).all():
+    if align == "height" and (kept & seen).any() and np.isfinite(own_face).all():
         heads = height(track.body_boxes[kept & seen]) / height(track.face_boxes[kept & seen])
         ratio = height(track.reference_box) / height(own_face) / np.median(heads)
         if max(ratio, 1 / ratio) > 1.6:
@@ -545,6 +545,8 @@ def previews(args: argparse.Namespace) -> None:
         return preview(argparse.Namespace(**vars(args) | {"drive": args.drive[0]}))
     if args.output.suffix or args.masks:
         raise ValueError(f"{len(args.drive)} driving videos: -o {args.output} must be a folder, and --masks fits one video")
+    if len({drive.stem for drive in args.drive}) < len(args.drive):
+        raise ValueError("two of the driving videos have one name, and their sheets would too: rename one of them")
     args.output.mkdir(parents=True, exist_ok=True)
     failed = []
     for drive in args.drive:
@@ -569,7 +571,7 @@ def preview(args: argparse.Namespace) -> None:
     bar = lambda frames, what: tqdm(frames, what, total=source.frames, unit="frame")
     track = analyse(source, reference, find, chosen, lambda frames: bar(frames, "analyse"))
     print(track.summary())
-    rejected, count, film = faults(track, chosen), len(track.masks), args.output.suffix == ".mp4"
+    rejected, count, film = faults(track, chosen), len(track.masks), args.output.suffix.lower() == ".mp4"
     sampled = range(count) if film else np.unique(np.linspace(0, count - 1, args.rows).round().astype(int))
     across = 2 if reference.shape[0] > 1.2 * reference.shape[1] and not film else 1
     middle, panels = np.flatnonzero(track.accepted)[track.accepted.sum() // 2], []

@@ -55,7 +55,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 def keyed(*key: int) -> np.random.Generator:
     """The random generator of one thing, for example (seed, step, sample): no draw depends on what was drawn before it."""
-    return np.random.default_rng(key)
+    return np.random.default_rng((len(key), *key))  # numpy takes (1,) and (1, 0) for the same
 
 
 # ---- pictures and masks to latents ---------------------------------------------------------------------------------
@@ -210,7 +210,8 @@ def encode_clip(
     variant = [cue_variant(*own, k, keyed(*key, k), 0, looks) for k in range(variants)]
     pose, face, body, face_mask = variant[0]
     generator = keyed(*key, 999)
-    frame = np.sort(generator.choice(len(video), size=min(refs, len(video)), replace=False))
+    shown = np.flatnonzero(own[0][1].accepted)  # a reference shows the person
+    frame = np.sort(generator.choice(shown, size=min(refs, len(shown)), replace=False))
     pictures = to_tensor(video[frame])
     sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()  # as CogVideoX's
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
@@ -300,6 +301,21 @@ def write_text(path: Path, text: str) -> None:
 HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
 
 
+def remember(path: Path, args, names: Iterable[str]) -> None:
+    """Write down what the clips of a folder share, or compare with the run before."""
+    settings = {name: getattr(args, name) for name in names}
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    before = json.loads(path.read_text()) if path.exists() else settings
+    for name, value in settings.items():
+        if before[name] != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{path.parent} has {flag} {before[name]}, not {value}: take another -o")
+    write_text(path, json.dumps(settings) + "\n")
+
+
+TOY_SHARED = ("variants", "refs", "pose_cue", "joint_noise", "face_cue", "misalign", "pseudo_faults")
+
+
 def draw_share(args, numbers: list[int], done) -> None:
     """What one worker of `make_toy` does: its own copy of the VAE, one thread, a clip after another."""
     torch.set_num_threads(1)
@@ -317,6 +333,7 @@ def make_toy(args) -> None:
     """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
     read_header(args.vae)  # its mistakes once, not once a worker
+    remember(args.output / "toy.json", args, TOY_SHARED)
     numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
     missing = [n for n in numbers if not (args.output / "cache" / f"{n:06d}.safetensors").exists()]
     context = multiprocessing.get_context("spawn")
@@ -466,10 +483,10 @@ class Clips:
             for name, mask in zip(("pose", "face"), masks):
                 own = file.get_slice(f"ref_{name}")[r : r + 1]
                 window = file.get_slice(source + name)[k, start : start + n]
-                slots = scale * torch.cat([own, window]).float()
+                slots = torch.cat([scale * torch.cat([own, window]).float(), mask], dim=1)
                 if args.ref_slot == "copy":
                     slots[0] = slots[1]
-                pair.append(torch.cat([slots, mask], dim=1) * (not drop_cues))
+                pair.append(slots * (not drop_cues))
             pair[1] *= not (drop_face or args.face == "none")
             return pair
 
@@ -478,6 +495,7 @@ class Clips:
         if args.stage == "2":
             sample["teacher_pose"], sample["teacher_face"] = cue("", 0)
             k = int(generator.integers(file.get_slice("pseudo_pose").get_shape()[0]))
+            k = k if self.training else k - k % variants  # without augmentation is the first of each pair's
         sample["pose"], sample["face"] = cue("pseudo_" if args.stage == "2" else "", k)
         if drop_reference:
             for name in ("pose", "face", "teacher_pose", "teacher_face"):
@@ -545,6 +563,12 @@ def prefetched(items: Iterable) -> Iterator:
             yield item
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
+    return int(text)
+
+
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import prepare  # real data; it imports this file
@@ -556,16 +580,16 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add = commands.add_parser("toy", help="cache clips of the drawn world", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
-    add("--clips", type=int, default=800, help="training clips")
-    add("--held-out", type=int, default=64, help="test clips, of people and motions that training never sees")
-    add("--variants", type=int, default=2, help="cue variants a clip, the first without augmentation")
-    add("--refs", type=int, default=4, help="reference frames a clip, each with pixel noise of its own")
+    add("--clips", type=natural, default=800, help="training clips")
+    add("--held-out", type=natural, default=64, help="test clips, of people and motions that training never sees")
+    add("--variants", type=natural, default=2, help="cue variants a clip, the first without augmentation")
+    add("--refs", type=natural, default=4, help="reference frames a clip, each with pixel noise of its own")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="Table 3: S4 gray, S3 rgb, S5 skeleton")
     add("--joint-noise", type=float, default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="Table 3: S2 inplace")
     add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
     add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that draw and encode")
+    add("--workers", type=natural, default=os.cpu_count(), help="processes that draw and encode")
     add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")
     for command in (parser, *commands.choices.values()):

@@ -273,7 +273,7 @@ class Finder:
     """finder(frames) yields (frame, Person, face box or NaN) and keeps ONE person through all frames.
 
     person: the Nth from the left, from 1, of the first frame with anybody; default the largest, most central.
-    masks: mask pictures, one a frame, re-iterable, in place of the segmenter (and of a face_finder of None);
+    masks: mask pictures, one a frame, re-iterable, in place of the segmenter; their red is the face, sought where there is none;
     reference_mask: the reference's.
     """
     segmenter: Callable | None = None
@@ -302,7 +302,7 @@ class Finder:
             else:
                 body, face = read_mask(mask, *frame.shape[:2])
                 person = Person(body, 1.0, 1.0)
-            if self.face_finder is not None:
+            if self.face_finder is not None and np.isnan(face).any():
                 face = find_face(self.face_finder, frame, person.mask, last_face)
             previous = person.mask if person.mask.any() else previous
             last_face = face if np.isfinite(face).all() else last_face
@@ -355,6 +355,6 @@ def from_arguments(args: argparse.Namespace) -> Finder:
         reference_mask = read_image(args.reference_mask)
     if masks is None or reference_mask is None:
         segmenter = PersonNet(args.segmenter) if args.segmenter else Sam(args.sam)
-    if masks is None or args.face_model:
+    if segmenter or args.face_model:
         face_finder = load_face_finder(args.face_model)
     return Finder(segmenter, face_finder, args.person, masks, reference_mask)

@@ -370,7 +370,9 @@ class DiT(nn.Module):
             x, c, pose, face = self.run_block(block, x, c, pose, face, t_emb, rope)
             if depth == tap:
                 tapped = x
-        v = unpatchify(self.proj_out(self.norm_out(self.norm_final(x), t_emb)), grid, self.config.patch)  # (B, f, 16, h, w)
+        v = unpatchify(
+            self.proj_out(self.norm_out(self.norm_final(x), t_emb)), grid, self.config.patch
+        )  # (B, f, 16, h, w)
         return v if tap is None else (v, tapped)
 
 

@@ -44,7 +44,8 @@ from tqdm import tqdm
 import cues
 import finder
 from align import centre, warp
-from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, save_cache, toy_text, write_text
+from data import ASSETS, OWN_PLACE, encode_clip, keyed, natural, pseudo_latents, remember, save_cache, toy_text
+from data import write_text
 from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
@@ -74,7 +75,7 @@ def assemble(folder: Path) -> tuple[list[dict], list[dict], list[dict]]:
         skipped = [line for line in found[0] if "skipped" in line]
         verdicts = [line for file in found[1] for line in file["verdicts"]]
         for name, lines in (("clips", clips), ("skipped", skipped), ("pseudo", verdicts)):
-            if lines or name == "clips":
+            if lines or name == "clips" or (folder / f"{name}.jsonl").exists():
                 write_text(folder / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return clips, skipped, verdicts
 
@@ -278,8 +279,8 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
         write_text(home / "clip.json", json.dumps({"id": id, "video": str(source), "skipped": reason}) + "\n")
 
     stream = read_pieces(args, name, source)
-    done = lambda id: (args.output / "cues" / id / "clip.json").exists()
-    while not done(name):  # a video has a file of its own name where it could not be read
+    record = lambda id: args.output / "cues" / id / "clip.json"
+    while not (record(name).exists() and "skipped" in json.loads(record(name).read_text())):  # it could not be read
         try:
             start, fps, fresh, piece = next(stream)
             prompt = caption.read_text().strip() if caption.is_file() else args.caption
@@ -288,7 +289,7 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
         except (ValueError, OSError) as error:
             return skip(name, str(error))
         id, frames = f"{name}_{start:06d}", (len(piece) - 1) // 8 * 8 + 1
-        if done(id):
+        if record(id).exists():
             continue
         if frames < args.frames:
             if fresh:  # else it is what a long scene leaves over
@@ -301,16 +302,8 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
             skip(id, reason)
 
 
-def remember(path: Path, args) -> None:
-    """Write down what the clips of a folder share, or compare with the run before."""
-    names = ["backbone", "preset", "area", "frames", "max_frames", "fps", "held_out", "variants", "refs"]
-    settings = {name: getattr(args, name) for name in names} | {"backbone": args.backbone and str(args.backbone)}
-    before = json.loads(path.read_text()) if path.exists() else settings
-    for name in names:
-        if before[name] != settings[name]:
-            had, flag = before[name], "--" + name.replace("_", "-")
-            raise ValueError(f"{path.parent} has {flag} {had}, not {settings[name]}: take another -o")
-    write_text(path, json.dumps(settings) + "\n")
+DAMAGED = ValueError, OSError, KeyError, EOFError, BadZipFile, SafetensorError  # what a broken file raises
+SHARED = ("backbone", "preset", "area", "frames", "max_frames", "fps", "held_out", "variants", "refs")
 
 
 def prepare(args) -> None:
@@ -319,14 +312,16 @@ def prepare(args) -> None:
         raise ValueError("give --backbone DIR (a local copy of CogVideoX1.5-5B-I2V) or --preset")
     if args.frames % 8 != 1:
         raise ValueError(f"--frames: {frame_count_error(args.frames)}")
+    if not (0 < args.fps < math.inf and 0 < args.folder_fps < math.inf):
+        raise ValueError(f"--fps {args.fps:g} --folder-fps {args.folder_fps:g}: both must be positive")
     if args.max_frames < args.frames:
         raise ValueError(f"--max-frames {args.max_frames} must be at least --frames, {args.frames}")
     videos, (rank, world) = all_inputs(args.videos), shard()
     for name in ("cache", "videos", "cues"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
-    remember(args.output / "prepare.json", args)
     find = make_finder(args)
     vae, encode_text = load_frozen(args.backbone, args.preset, *place(args))
+    remember(args.output / "prepare.json", args, SHARED)  # not before: a folder need not keep a mistyped --backbone
     if rank == 0:
         save_cache({"text": encode_text("").to(torch.bfloat16)}, args.output / "null_text.safetensors")
     for video in tqdm(videos[rank::world], desc="prepare", unit="video", disable=rank > 0):
@@ -410,7 +405,7 @@ def judge(args, kind: str, path: Path, own: tuple, find: finder.Finder, embed) -
             masks = Video(named(Path(args.masks) / kind, path.stem))
         elif kind == "face":  # it may show the face alone, which no person segmenter knows: look everywhere
             everywhere = [finder.Person(np.ones(frames[0].shape[:2], bool), 1.0, 1.0)]
-            find = replace(find, segmenter=lambda frame, previous: everywhere)
+            find = replace(find, person=None, segmenter=lambda frame, previous: everywhere)
         track = cues.analyse(frames, own[0][0], replace(find, masks=masks), OWN_PLACE)
     except (ValueError, OSError) as error:
         return verdict | {"reason": f"unusable: {error}"}, None
@@ -501,14 +496,18 @@ def add_pseudo(args) -> None:
     listed = {kind: sorted(p for p in folder.iterdir() if p.suffix) for kind, folder in folders.items()}
     find, embed = (None, None) if args.augment else (make_finder(args), load_recogniser(args))
     vae, _ = load_frozen(settings["backbone"], settings["preset"], *place(args))
-    clips, _, _ = assemble(args.data)
+    (clips, _, _), failed = assemble(args.data), 0
     for line in tqdm(clips[rank::world], desc="add-pseudo", unit="clip", disable=rank > 0):
         files = {kind: [p for p in paths if p.name.startswith(line["id"])] for kind, paths in listed.items()}
-        pseudo_clip(args, line, files, vae, settings["variants"], find, embed)
+        try:
+            pseudo_clip(args, line, files, vae, settings["variants"], find, embed)
+        except DAMAGED as error:
+            failed += 1
+            tqdm.write(f"skipped {line['id']}: {error}", file=sys.stderr)
     clips, _, verdicts = assemble(args.data)
     pairs = [pair for clip in clips for pair in clip["pseudo"]]
     given = sum(bool(clip["pseudo"]) for clip in clips)
-    print(f"{given} of {len(clips)} clips have pseudo cues, {len(pairs)} in all")
+    print(f"{given} of {len(clips)} clips have pseudo cues, {len(pairs)} in all" + f"; {failed} skipped" * bool(failed))
     if any("augmented" in pair for pair in pairs):
         print("Those of --augment show the clips' own performers: good to try stage 2, not the paper's cues")
     for kind in folders:
@@ -561,7 +560,7 @@ def faults(folder: Path, line: dict) -> Iterator[str]:
             frames = len(cues.Track.load(home / "track.npz").masks), sum(1 for _ in video)
             if frames != (line["frames"],) * 2:
                 yield f"track and video have {frames[0]} and {frames[1]} frames, not {line['frames']}"
-        except (ValueError, OSError, KeyError, EOFError, BadZipFile) as error:
+        except DAMAGED as error:
             yield f"track or video: {error}"
 
 
@@ -614,12 +613,6 @@ def check(args) -> None:
 
 
 # ---- command line ---------------------------------------------------------------------------------------
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
-    return int(text)
 
 
 # fmt: off

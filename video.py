@@ -155,8 +155,8 @@ class Video:
 
     def __init__(self, path: str | Path, fps: float | Fraction | None = None,
                  start: int = 0, stop: int | None = None):
-        if fps is not None and not fps > 0:
-            raise ValueError(f"fps={fps}: give a rate above 0, such as 24")
+        if fps is not None and not 0 < fps < math.inf:
+            raise ValueError(f"fps={fps}: give a finite rate above 0, such as 24")
         if start < 0 or stop is not None and stop <= start:
             raise ValueError(f"start={start}, stop={stop} keep no frame: give 0 <= start < stop")
         self.path, self._slice = Path(path), (start, stop)

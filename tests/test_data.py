@@ -79,6 +79,7 @@ def test_image_condition_is_unscaled_and_only_in_slot_0():
 
 def test_draws_depend_on_their_key_alone():
     assert data.keyed(1, 2, 3).random() == data.keyed(1, 2, 3).random() != data.keyed(1, 2, 4).random()
+    assert data.keyed(1, 2).random() != data.keyed(1, 2, 0).random(), "numpy pads keys with zeros"
 
 
 def test_blank_runs_are_short_and_rare():
@@ -125,3 +126,31 @@ def test_workers_that_draw_end_when_their_program_is_killed(tmp_path):
         for _ in range(300):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def test_a_folder_of_drawn_clips_keeps_its_settings(tmp_path, capsys):
+    """Other flags on a folder that has clips are refused: the cached ones would silently stay; so is a count of 0."""
+    words = [
+        "toy",
+        "-o",
+        str(tmp_path),
+        "--clips",
+        "1",
+        "--held-out",
+        "1",
+        "--variants",
+        "1",
+        "--refs",
+        "1",
+        "--workers",
+        "1",
+    ]
+    data.main(words)
+    assert len((tmp_path / "clips.jsonl").read_text().splitlines()) == 2
+    for flags, message in (
+        (["--pose-cue", "skeleton"], f"{tmp_path} has --pose-cue lowpass, not skeleton: take another -o"),
+        (["--workers", "0"], "--workers: 0: give a whole number, 1 or more"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            data.main(words + flags)
+        assert end.value.code == 2 and message in capsys.readouterr().err

@@ -259,6 +259,36 @@ def test_mistakes_are_one_sentence_and_exit_code_2(copied, world, extra, message
     assert message in err
 
 
+def test_a_mistyped_backbone_is_not_remembered(world, tmp_path):
+    """The folder can be made after all; catches settings that are written before the networks are there."""
+    words = "prepare", world / "in", "-o", tmp_path / "data", "--masks", world / "masks", "--device", "cpu"
+    code, _, err = run(*words, "--backbone", tmp_path / "nowhere")
+    assert code == 2 and "nowhere" in err and not (tmp_path / "data" / "prepare.json").exists()
+
+
+def test_a_video_named_like_a_clip_of_another_is_not_lost(world, tmp_path):
+    """dance_000000.mp4 beside dance.mp4, whose first clip has that name."""
+    videos, masks = tmp_path / "in", tmp_path / "masks"
+    videos.mkdir()
+    put(videos, masks, "dance", toy.render(1, 1, frames=9, size=64))
+    put(videos, masks, "dance_000000", toy.render(2, 2, frames=9, size=64))
+    code, _, err = prepared(tmp_path, tmp_path / "data")
+    assert code == 0, err
+    assert [line["id"] for line in lines_of(tmp_path / "data" / "clips.jsonl")] == [
+        "dance_000000",
+        "dance_000000_000000",
+    ]
+
+
+def test_references_show_the_person():
+    """Frames whose segmentation is rejected are never references, at inference an error."""
+    clip, vae = toy.render(1, 1, frames=9, size=32), prepare.CausalVAE(prepare.VAE_PRESETS["tiny"]).eval()
+    track = cues.analyse(clip.video, clip.video[0], data.toy_finder(clip), data.OWN_PLACE)
+    track.accepted[[0, 1, 2, 5]] = False
+    tensors = data.encode_clip(vae, clip.video, ((clip.video, track),) * 2, [], torch.zeros(1, 4), (0,), 1, 6)
+    assert tensors["ref_frame"].tolist() == [3, 4, 6, 7, 8]
+
+
 # ---- add-pseudo ----------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +384,39 @@ def test_both_or_neither_of_body_and_face(copied):
     for extra in ([], ["--body", "x"], ["--augment", 1, "--body", "x", "--face", "x"]):
         code, _, err = run("add-pseudo", copied, *extra)
         assert code == 2 and "--augment N" in err
+
+
+@pytest.mark.parametrize(
+    "damaged", ["cache/dance_000000.safetensors", "cues/dance_000000/track.npz", "videos/dance_000000.mp4"]
+)
+def test_one_damaged_clip_does_not_stop_add_pseudo(copied, damaged):
+    """It is named and counted, and the other clips get their cues; catches an error type that nobody expects."""
+    path = copied / damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    code, out, err = run("add-pseudo", copied, "--augment", 1, "--device", "cpu", "--dtype", "float32")
+    assert code == 0 and "2 of 3 clips have pseudo cues, 2 in all; 1 skipped" in out
+    assert "skipped dance_000000: " in err and "Traceback" not in err
+
+
+def test_held_out_samples_of_stage_2_and_copied_slots(copied):
+    """The test split reads the variant without augmentation; --ref-slot copy repeats latent 1's target, cues and masks."""
+    run("add-pseudo", copied, "--augment", 3, "--device", "cpu", "--dtype", "float32")
+    options = dict(stage="2", window=3, seed=0, noise_shift=1, location="soft", face="centered")
+    for slot, same in (("reference", False), ("copy", True)):
+        clips = data.Clips(copied, Namespace(**options, ref_slot=slot), 0.7, "test")
+        for step in range(4):
+            batch = clips.batch(step, range(2), 2)
+            for name in ("latents", "pose", "face", "teacher_pose", "teacher_face"):
+                assert torch.equal(batch[name][:, 0], batch[name][:, 1]) == same
+    cached = {
+        id: load_file(copied / f"cache/{id}.safetensors")["pseudo_pose"] for id in ("00336_000000", "00336_000009")
+    }
+    for step in range(8):
+        for pose in clips.batch(step, range(2), 2)["pose"]:
+            windows = [
+                0.7 * z[k, 1:3].float() for z in cached.values() for k in range(0, 6, 2)
+            ]  # 3 pairs of 2 variants
+            assert any(torch.equal(pose[2:4, :16], w) or torch.equal(pose[1:3, :16], w) for w in windows)
 
 
 # ---- check ---------------------------------------------------------------------------------------------------------
