@@ -685,6 +685,7 @@ def test_warnings_name_what_a_person_should_look_at():
     assert "frame 7 looks like a cut" in warnings_of(cut, MASKS)
     half = [paint_mask(*figure(20, FRAME, 8, 12)) for _ in CLIP]       # the face is half of what is shown
     assert "half body against full body: the reference shows more" in warnings_of(CLIP, half)
+    assert "half body" not in warnings_of(CLIP, half, align="face")    # which is what it recommends
     track = judged(GOOD[:2] + [[(body, 0.95, 0.1)] for body in BODIES[2:]])
     assert "10 of 12 driving frames are rejected" in track.summary()
 
@@ -717,8 +718,8 @@ def test_preview_writes_a_sheet_and_a_film(files, monkeypatch, capsys):
     sheet = read_image(files / "sheet.png")
     assert sheet.shape[1] == 1600 and sheet.std() > 20
     assert "12 of 12 frames accepted" in capsys.readouterr().out
-    run(monkeypatch, files, "ref.png", "drive", "-o", "film.mp4", *EXACT)
-    assert Video(files / "film.mp4").frames == 12 and Video(files / "film.mp4").width == 1600
+    run(monkeypatch, files, "ref.png", "drive", "-o", "film.MP4", *EXACT)
+    assert Video(files / "film.MP4").frames == 12 and Video(files / "film.MP4").width == 1600
 
 
 def test_several_videos_make_a_folder_of_sheets_and_one_that_fails_is_named(files, monkeypatch, capsys):
@@ -737,6 +738,7 @@ def test_several_videos_make_a_folder_of_sheets_and_one_that_fails_is_named(file
 
 @pytest.mark.parametrize("arguments, sentence", [
     (("ref.png", "drive", "drive", "-o", "sheet.png"), "-o sheet.png must be a folder"),
+    (("ref.png", "drive", "./drive", "-o", "sheet"), "two of the driving videos have one name"),
     (("none.png", "drive", *EXACT), "none.png does not exist"),
     (("ref.png", "text.mp4", *EXACT), "text.mp4 cannot be opened"),
     (("ref.png", "drive", *EXACT, "-o", "nowhere/sheet.png"), "the folder nowhere does not exist"),
