@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import write_text
+from video import HelpFormatter
 
 README = Path(__file__).parent / "README.md"
 
@@ -92,13 +93,13 @@ class Pieces:
         steps = ["--save-every", "500", "--eval-every", str(args.eval_every), "--device", "cpu", "--resume"]
         steps += ["--compile"] * args.compile
         for name, row in ((name, ROWS[name]) for name in args.rows):
-            folder = work / f"data-{slug(*row.looks, *row.data)}"
+            folder = work / f"data-{slug(*row.looks, *row.data)}-{args.clips}"
             self.stages[0][folder / "clips.jsonl"] = [
                 python, "data.py", "toy", "-o", folder, "--clips", args.clips, *row.looks, *row.data]
             for seed in range(args.seeds):
-                trained = slug(*row.looks, *row.data, *row.both)
+                trained = f"{slug(*row.looks, *row.data, *row.both)}-{args.clips}-{args.steps[0]}"
                 first = work / f"stage1-{trained}-{seed}"
-                second = work / f"stage2-{trained}-{slug(*row.second)}-{seed}"
+                second = work / f"stage2-{trained}-{slug(*row.second)}-{args.steps[1]}-{seed}"
                 result = args.results / f"{name}-{seed}.json"
                 common = [python, "train.py", "--preset", "toy", "--data", folder, "--seed", seed, *steps, *row.both]
                 self.stages[1][first / f"step-{args.steps[0]:07d}"] = [
@@ -121,11 +122,13 @@ def run(args) -> None:
         raise ValueError(f"no row {unknown[0]}; there are {', '.join(ROWS)}")
     if args.quick:
         args.steps, args.seeds, args.clips, args.eval_every, args.pairs = (20, 20), 1, 16, 10, 2
+        args.work, args.results = args.work / "quick", args.results / "quick"
     args.work, args.results = args.work.resolve(), args.results.resolve()
     args.results.mkdir(parents=True, exist_ok=True)
     for name in args.rows:
         print(f"{name}: {ROWS[name].what}" + f" ({ROWS[name].table})" * bool(ROWS[name].table))
     pieces = Pieces(args)
+    check_results(pieces.stages[3], args.pairs)
     data, *trainings, results = [sum(not target.exists() for target in stage) for stage in pieces.stages]
     step = (0.27 if args.compile else 0.4) / 3600  # hours of one core
     hours = sum(count * steps * step for count, steps in zip(trainings, args.steps)) / args.jobs
@@ -138,6 +141,16 @@ def run(args) -> None:
         with ThreadPoolExecutor(1 if alone else args.jobs) as pool:
             for _ in pool.map(lambda piece: execute(args.work, *piece), todo):
                 bar.update()
+
+
+def check_results(results: dict[Path, list], pairs: int) -> None:
+    """ValueError if what is there was made with other steps, clips or pairs: it would pass for finished."""
+    for path, command in results.items():
+        if path.exists():
+            found = json.loads(path.read_text())
+            if (found["checkpoint"], found["pairs"]) != (str(command[2]), pairs):
+                made = f"{found['checkpoint']} and {found['pairs']} pairs"
+                raise ValueError(f"{path} is of {made}, not {command[2]} and {pairs}: take another --results")
 
 
 def execute(work: Path, target: Path, command: list) -> None:
@@ -155,12 +168,18 @@ def execute(work: Path, target: Path, command: list) -> None:
 # ---- the ledger ----------------------------------------------------------------------------------------------------
 
 
+def seed_of(path: Path, name: str) -> int | None:
+    """k of results/NAME-k.json; None for the result of another row, as S5-2px-0 is for S5."""
+    seed = path.stem[len(name) + 1 :]
+    return int(seed) if seed.isdigit() else None
+
+
 def read_results(folder: Path) -> dict[str, dict[int, dict]]:
     """results/ROW-SEED.json -> {row: {seed: result}}, in the order of ROWS."""
     found = {}
     for name in ROWS:
-        seeds = {int(path.stem[len(name) + 1 :]): path for path in folder.glob(f"{name}-[0-9]*.json")}
-        if seeds:
+        paths = {seed_of(path, name): path for path in folder.glob(f"{name}-*.json")}
+        if seeds := {seed: path for seed, path in paths.items() if seed is not None}:
             found[name] = {seed: json.loads(path.read_text()) for seed, path in sorted(seeds.items())}
     if not found:
         raise ValueError(f"{folder}: no results there; make some with: python ablate.py run")
@@ -272,14 +291,13 @@ MARKS = "<!-- ledger: python ablate.py table -->", "<!-- end of ledger -->"
 
 def tabulate(args) -> None:
     """`python ablate.py table`: the ledger into README.md between its marks, and the figures."""
-    results = read_results(args.results)
-    text = ledger(results)
-    figures(results, args.results)
-    page = args.readme.read_text()
+    results, page = read_results(args.results), args.readme.read_text()
     if not all(mark in page for mark in MARKS):
         raise ValueError(
             f"{args.readme}: the ledger goes between the lines {MARKS[0]} and {MARKS[1]}, which are not there"
         )
+    text = ledger(results)
+    figures(results, args.results)
     before, rest = page.split(MARKS[0])
     write_text(args.readme, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     print(text)
@@ -287,7 +305,7 @@ def tabulate(args) -> None:
 
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    show = argparse.ArgumentDefaultsHelpFormatter
+    show = HelpFormatter
     parser = argparse.ArgumentParser(prog="ablate.py", description=__doc__.split("\n")[0], formatter_class=show)
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("run", help="train and judge rows of the paper's tables", formatter_class=show).add_argument

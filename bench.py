@@ -38,9 +38,11 @@ import budget
 import cues
 import finder
 import toy
+from data import write_text
 from load_cogvideox import add_cues, dit_name, keep_freed_memory, pick_device, vae_name
 from model import DIT_PRESETS, OFS, DiT, DiTConfig
 from vae import VAE_PRESETS, CausalVAE, VAEConfig
+from video import HelpFormatter, check_output
 
 BF16, CPU, MIB = torch.bfloat16, torch.device("cpu"), 2**20
 AUTOCAST = "bfloat16 autocast over float32"
@@ -542,7 +544,7 @@ def our_pipeline(vae: CausalVAE, dit: DiT, given: dict, steps: int, device, log:
         began = time.perf_counter()
         encoded = sample.encode(args, vae, device, given["reference"], given["own"], given["cues"])
         middle = time.perf_counter()
-        latents, _ = sample.denoise(args, dit, device, given["text"], *encoded, 13)
+        latents, _ = sample.denoise(args, dit, device, given["text"], *encoded)
         log.append((middle - began, (time.perf_counter() - middle) / steps))
         count(sample.pictures(vae, latents, len(given["cues"]), device))
 
@@ -649,11 +651,11 @@ def measure(args: argparse.Namespace) -> None:
             rows.append(entry | {"met": met(target, entry["ratio"])})
             print(line(rows[-1]), flush=True)
         if args.output:  # after each part: a later one may not fit
-            args.output.write_text(json.dumps(report | {"rows": rows}, indent=1))
+            write_text(args.output, json.dumps(report | {"rows": rows}, indent=1) + "\n")
 
 
 def main(argv=None) -> None:
-    shown = argparse.ArgumentDefaultsHelpFormatter
+    shown = HelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shown)
     add = parser.add_argument
     add("part", nargs="?", choices=[*PARTS, "all"], default="all", help="what to measure")
@@ -665,8 +667,8 @@ def main(argv=None) -> None:
     try:
         if args.repeat < 1:
             raise ValueError(f"--repeat {args.repeat}: give at least 1; a median wants 5")
-        if args.output and not args.output.parent.is_dir():
-            raise ValueError(f"-o {args.output}: there is no folder {args.output.parent}")
+        if args.output:
+            check_output(args.output, suffixes=(".json",))
         measure(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")

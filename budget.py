@@ -77,7 +77,7 @@ def numbers(config: DiTConfig, ranks: int = 1, prefix: str = "") -> int:
 
 
 def state_bytes(config: DiTConfig, ranks: int, shard: str, ema: bool, teacher_depth: int, master=4, compute=2) -> dict:
-    """What lives from step to step on the fullest rank: exact."""
+    """What lives from step to step on the fullest rank: exact with AdamW; Muon has half the moments of a matrix."""
     own = numbers(config, 1 if shard == "none" else ranks) * master
     parts = {"parameters": own, "gradients": own, "Adam's moments": 2 * own + 4 * len(parameters(config))}
     if ema:

@@ -27,8 +27,8 @@ import finder
 from align import ALIGN_MODES, PLAUSIBLE_SCALE, align, centre, height, resized, tight_box, transform, warp
 from align import without_strays
 from finder import Finder, pixels
-from video import Video, check_output, cover, letterbox, letterbox_box, output_size, read_image
-from video import resize, write_image, write_video
+from video import HelpFormatter, Video, check_output, cover, letterbox, letterbox_box, output_size
+from video import read_image, resize, write_image, write_video
 
 FILTERS = {"gaussian": lambda r2: np.exp(-r2 / 2), "butterworth": lambda r2: 1 / (1 + r2 ** 4),
            "ideal": lambda r2: (r2 <= 1).astype(float)}            # gain over (radius / cutoff) ** 2
@@ -599,7 +599,7 @@ def preview(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     command = parser.add_subparsers(required=True, metavar="preview").add_parser(
-        "preview", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "preview", formatter_class=HelpFormatter,
         help="draw all cues of a clip, for a person to judge")
     command.add_argument("reference", type=Path, help="picture of the person to animate")
     command.add_argument("drive", type=Path, nargs="+", help="driving videos, or folders of numbered frames")

@@ -46,9 +46,11 @@ import toy
 from align import misalignment
 from load_cogvideox import keep_freed_memory, load_weights, pick_device, read_header
 from vae import CausalVAE, chunks
-from video import write_image, write_video
+from video import HelpFormatter, natural, write_image, write_video
 
-IMAGE_LATENT_SCALE = 1.0  # the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
+IMAGE_LATENT_SCALE = (
+    1.0  # Paper silent: the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
+)
 TOY_SIZE, TOY_FRAMES, TOY_TEXT = 96, 33, (4, 64)  # pixels, frames of a cached clip, shape of the one text state
 ASSETS = Path(__file__).parent / "assets"
 
@@ -130,7 +132,10 @@ def encode_image(vae: CausalVAE, picture: Tensor) -> Tensor:
 
 
 def image_condition(image: Tensor, slots: int) -> Tensor:
-    """The latent picture (B, 16, h, w) at slot 0 of (B, slots, 16, h, w), zeros elsewhere: the DiT's channels 17-32."""
+    """The latent picture (B, 16, h, w) at slot 0 of (B, slots, 16, h, w), zeros elsewhere: the DiT's channels 17-32.
+
+    Paper silent: where the reference sits. Here in the slot that CogVideoX1.5 pads with, which is dropped after sampling.
+    """
     condition = image.new_zeros(image.shape[0], slots, *image.shape[1:])
     condition[:, 0] = IMAGE_LATENT_SCALE * image
     return condition
@@ -440,7 +445,11 @@ class Clips:
         )
 
     def read(self, file, generator: np.random.Generator) -> dict[str, Tensor]:
-        """Cut a window, choose reference and variants, drop conditions; all draws from `generator`, in a fixed order."""
+        """Cut a window, choose reference and variants, drop conditions; all draws from `generator`, in a fixed order.
+
+        Paper silent: how often conditions are dropped, and what the cues of slot 0 are. Here the reference's own, so that the
+        model has one pair of a cue and its appearance before its eyes.
+        """
         args, scale = self.args, self.scale
         f = file.get_slice("mean").get_shape()[0]
         n = min(args.window, f)
@@ -563,17 +572,11 @@ def prefetched(items: Iterable) -> Iterator:
             yield item
 
 
-def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
-    return int(text)
-
-
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import prepare  # real data; it imports this file
 
-    show = argparse.ArgumentDefaultsHelpFormatter
+    show = HelpFormatter
     parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0], formatter_class=show)
     commands = parser.add_subparsers(dest="command", required=True)
     prepare.add_commands(commands)

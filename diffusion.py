@@ -128,9 +128,10 @@ def windows(
     """
     stride = max(size // 3, 1) * 2 if stride is None else stride
     size = min(size, length)
-    if not length % 2 or not size % 2 or stride % 2:
+    if not length % 2 or not size % 2 or stride % 2 or (stride > size and size < length):
         raise ValueError(
-            f"windows of {size} latents every {stride} over {length}: length and size must be odd, the stride even"
+            f"windows of {size} latents every {stride} over {length}: length and size must be odd, the stride even and "
+            "no larger than the size"
         )
     starts = sorted({*range(0, length - size, stride), length - size})
     slots = [torch.tensor([0, *range(1 + start, 1 + start + size)]) for start in starts]

@@ -563,7 +563,7 @@ def save(result: dict, path: Path) -> None:
 def check_flags(args) -> None:
     """ValueError for a flag that nothing would read, OSError for a path that leads nowhere."""
     readers = {"driver": "plc flc", "cross_id": "plc flc", "keypoints": "plc flc", "reference": "fis",
-               "face_model": "fis fts flc", "i3d": "fvd", "masks": "masked"}  # fmt: skip
+               "face_model": "fis fts" + " flc" * (not args.keypoints), "i3d": "fvd", "masks": "masked"}  # fmt: skip
     for flag, metrics in readers.items():
         if getattr(args, flag) and not set(metrics.split()) & set(args.metrics):
             raise ValueError(f"--{flag.replace('_', '-')} serves only {metrics}: drop it or add to --metrics")
@@ -583,6 +583,9 @@ def evaluate(args) -> None:
     check_flags(args)
     clips = find_clips(args)
     networks, why = load_networks(args)
+    if args.keypoints:
+        held = set().union(*(clip.points for clip in clips))
+        why |= {m: f"--keypoints has no driver_{part}" for m, part in KIND.items() if f"driver_{part}" not in held}
     runnable = [metric for metric in args.metrics if metric not in why]
     numbers, features = {}, {metric: {} for metric in ("fid", "fvd") if metric in runnable}
     for clip in tqdm(clips, unit="clip"):

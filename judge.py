@@ -36,6 +36,7 @@ import toy
 from data import (
     ASSETS,
     TOY_SIZE,
+    TOY_TEXT,
     encode_cues,
     encode_image,
     image_condition,
@@ -47,8 +48,8 @@ from data import (
 )
 from diffusion import Schedule, ddim, dpm_solver, windows
 from evaluate import masked_l1, masked_psnr
-from load_cogvideox import load_weights, pick_device
-from video import write_gif, write_image
+from load_cogvideox import check_dit, load_weights, pick_device
+from video import HelpFormatter, check_output, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
 WINDOW, FRAMES, REFERENCE_FRAME = 5, 17, 32  # latents; frames; the reference is a later moment
@@ -211,7 +212,9 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
 
 
 @torch.inference_mode()
-def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int) -> list[np.ndarray]:
+def generate(
+    model, vae, pairs: list[Pair], numbers: list[int], args, seed: int, ref_slot="reference"
+) -> list[np.ndarray]:
     """Videos (T, H, W, 3) uint8, one a pair; the noise of a pair depends on its number and the seed."""
     parts = zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
     image, pose, face = (torch.cat(part) for part in parts)
@@ -221,7 +224,7 @@ def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int)
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
         n = latents.shape[1]
-        index = [0, *range(1 + start, start + n)]
+        index = [1 + start if ref_slot == "copy" else 0, *range(1 + start, start + n)]
         x = torch.cat([latents, image_condition(image, n)], dim=2)
         return model(x, torch.tensor([step]), text, pose[:, index], face[:, index]).float()
 
@@ -234,8 +237,12 @@ def generate(model, vae, pairs: list[Pair], numbers: list[int], args, seed: int)
 
 def score(args) -> dict:
     """Numbers of the model, for each sampling seed, and of the trivial answers: means over pairs."""
-    if args.sheet and args.sheet.suffix not in (".png", ".gif"):
-        raise ValueError(f"--sheet {args.sheet}: give a name that ends in .png or .gif")
+    if min(args.pairs, args.seeds, args.rows) < 1:
+        raise ValueError(f"--pairs {args.pairs} --seeds {args.seeds} --rows {args.rows}: give at least 1 of each")
+    for path, suffixes in ((args.sheet, (".png", ".gif")), (args.output, (".json",))):
+        if path:
+            check_output(path, suffixes=suffixes)
+    check_dit(args.checkpoint, TOY_TEXT[1])
     if args.frames < FRAMES:
         raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
     dtype = pick_device("cpu")[1]
@@ -252,7 +259,7 @@ def score(args) -> dict:
         rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
         rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
         for seed in range(args.seeds):
-            videos = generate(model.eval(), vae, pairs, numbers, args, seed)
+            videos = generate(model.eval(), vae, pairs, numbers, args, seed, header.get("ref_slot", "reference"))
             rows[seeds[seed]] += [measure(p, video) for p, video in zip(pairs, videos)]
             if seed == 0 and len(shown) < args.rows:
                 shown += zip(pairs, videos)
@@ -268,11 +275,11 @@ def score(args) -> dict:
     }
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
+    if args.output:
+        write_text(args.output, json.dumps(result, indent=1) + "\n")
     if args.sheet:
         write_sheet(args.sheet, shown[: args.rows])
         print(f"wrote {args.sheet}")
-    if args.output:
-        write_text(args.output, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -316,7 +323,7 @@ def table(answers: dict[str, dict]) -> str:
 
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    show = argparse.ArgumentDefaultsHelpFormatter
+    show = HelpFormatter
     parser = argparse.ArgumentParser(prog="judge.py", description=__doc__.split("\n")[0], formatter_class=show)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     add = parser.add_argument

@@ -318,7 +318,7 @@ def fill(network: nn.Module, plan: list[tuple], dtype: torch.dtype | None) -> No
                 setattr(network.get_submodule(module), leaf, parameter)
 
 
-def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> DiT:
+def load_transformer(folder: str | Path, dtype: torch.dtype | None = None, cue_injection: str = "cuefusion") -> DiT:
     """CogVideoX1.5's transformer with freshly made cue layers, which leave its output unchanged.
 
     folder: a local copy of the Hugging Face repository (with transformer/ in it). dtype None keeps the file's
@@ -326,7 +326,7 @@ def load_transformer(folder: str | Path, dtype: torch.dtype | None = None) -> Di
     """
     folder = Path(folder) / "transformer"
     with torch.device("meta"):
-        model = DiT(dit_config(folder))
+        model = DiT(replace(dit_config(folder), cue_injection=cue_injection))
     fill(model, check_files(folder, model, dit_name, optional=CUE_NAMES), dtype)
     add_cues(model)
     return model
@@ -422,6 +422,17 @@ def newest_weights(path: Path) -> Path:
     return averaged if averaged.is_file() else steps[-1] / "model.safetensors"
 
 
+def check_dit(path: Path, text_dim: int) -> None:
+    """Raise ValueError, from its header alone, if a file or run folder holds no DiT for text states of this width."""
+    header = read_header(newest_weights(path))
+    if header["network"] != "DiT":
+        raise ValueError(f"{path}: holds a {header['network']}, a DiT is needed: give stage 1 or 2")
+    if (width := header["config"]["text_dim"]) != text_dim:
+        raise ValueError(
+            f"{path}: reads text states {width} wide, these are {text_dim}: give the backbone it was trained on"
+        )
+
+
 def load_weights(
     path: str | Path, dtype: torch.dtype | None = None, config=None, depth: int | None = None
 ) -> tuple[nn.Module, dict]:
@@ -432,6 +443,8 @@ def load_weights(
     """
     path = newest_weights(Path(path))
     if path.suffix in (".pt", ".pth"):
+        if config is None:
+            raise ValueError(f"{path}: does not say how large its network is; give a .safetensors file or a run folder")
         return load_state_dict(path, dtype, config, depth), {}
     header = read_header(path)
     network_class, config_class = KINDS[header["network"]]

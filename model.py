@@ -1,10 +1,10 @@
 """The network: CogVideoX1.5's expert DiT with CueFusion blocks (paper Sec. 3.1, Fig. 2, Eq. 1-3).
 
-Read it bottom-up: RoPE, one expert block, CueFusion, the model. Without cues it is CogVideoX1.5 to the last bit
-(`tests/test_parity.py` compares it with diffusers); with freshly made cue layers it still is, because they start at
-zero.
+Read it bottom-up: RoPE, one expert block, CueFusion, the model. Without cues it is CogVideoX1.5 (`tests/test_parity.py`
+compares it with diffusers); with freshly made cue layers it still is, to the last bit, because they start at zero.
 
-Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens, (f/2)(h/2)(w/2);
+Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens, each a patch of 2x2x2 latents
+(the drawn world: 2x1x1);
 L text tokens; D width. Inside a block `x` are the video tokens (hidden_states in diffusers), `c` the text tokens
 (encoder_hidden_states), `t_emb` the time embedding (temb), `pose` and `face` the cue streams.
 
@@ -92,13 +92,13 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
-    """(B, f, C, h, w) -> (B, N, C*8); tokens ordered t, h, w; inside a token channel slowest, then t, h, w."""
+    """(B, f, C, h, w) -> (B, N, C*2*2*2); tokens ordered t, h, w; inside a token channel slowest, then t, h, w."""
     x = latents.unflatten(4, (-1, patch[2])).unflatten(3, (-1, patch[1])).unflatten(1, (-1, patch[0]))
     return x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4).flatten(1, 3)  # from (B, f/2, 2, C, h/2, 2, w/2, 2)
 
 
 def unpatchify(x: Tensor, grid: tuple[int, int, int], patch: tuple[int, int, int] = (2, 2, 2)) -> Tensor:
-    """The inverse of patchify: (B, N, C*8) -> (B, f, C, h, w), grid = (f/2, h/2, w/2)."""
+    """The inverse of patchify: (B, N, C*2*2*2) -> (B, f, C, h, w); grid is (f, h, w) / patch."""
     x = x.unflatten(1, grid).unflatten(4, (-1, *patch))  # (B, f/2, h/2, w/2, C, 2, 2, 2)
     return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(1, 2)
 
@@ -181,7 +181,8 @@ class CueFusion(nn.Module):
         scale_p, shift_p, gate_p, scale_f, shift_f, gate_f = factors  # Eq. 1
         pose_m = self.norm_pose(pose) * (1 + scale_p) + shift_p  # Eq. 2
         face_m = self.norm_face(face) * (1 + scale_f) + shift_f
-        return x + (pose_m + face_m), pose + gate_p * pose_m, face + gate_f * face_m  # Eq. 3
+        pose_g, face_g = pose + gate_p * pose_m, face + gate_f * face_m  # Eq. 3
+        return x + (pose_m + face_m), pose_g.type_as(pose), face_g.type_as(face)  # autocast would widen the streams
 
     def init_identity(self):
         """1 + scale = 0, shift = 0, gate = 0: nothing is added, and each stream passes unchanged. Paper silent."""
@@ -298,7 +299,7 @@ class DiT(nn.Module):
                 zero(embed)
                 continue
             embed.bias.copy_(self.patch_embed.bias)
-            trunk = self.patch_embed.weight.unflatten(1, (self.config.in_channels, -1))[:, : C - 1]  # (D, 16, 8)
+            trunk = self.patch_embed.weight.unflatten(1, (self.config.in_channels, -1))[:, : C - 1]  # (D, 16, 2*2*2)
             mask = 0.02 * torch.randn_like(trunk[:, :1])
             embed.weight.copy_(torch.cat([trunk, mask], dim=1).flatten(1))
         for block in self.blocks:
@@ -360,7 +361,7 @@ class DiT(nn.Module):
         text (B, L, text_dim); pose, face (B or 1, f, 17, h, w): cue latents and mask, or both None for plain CogVideoX.
         With batch 1 for step, pose and face, the cue streams are computed once for all of a guidance batch.
         Returns v (B, f, 16, h, w); with tap=d also the video tokens leaving block d, counted from 1, (B, N, D).
-        Raises ValueError for odd sizes.
+        Raises ValueError for sizes that are no multiple of the patch.
         """
         if tap is not None:
             self.check_depth(tap)

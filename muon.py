@@ -15,7 +15,7 @@ A, B, C = 3.4445, -4.7750, 2.0315  # of the paper's quintic: steep at 0, so sing
 
 def is_matrix(p: Tensor) -> bool:
     """Weights with at least 16 rows and columns, a convolution's being its kernels flattened; the rest is AdamW's."""
-    return p.ndim >= 2 and min(p.shape[0], p[0].numel()) >= 16
+    return p.ndim >= 2 and min(p.shape[0], p.shape[1:].numel()) >= 16
 
 
 def orthogonal(m: Tensor) -> Tensor:
@@ -44,7 +44,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike = {}
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"]
                 momentum.mul_(group["momentum"]).add_(p.grad)
                 ahead = p.grad + group["momentum"] * momentum  # Nesterov's
                 ahead = ahead.full_tensor() if isinstance(p, DTensor) else ahead

@@ -44,12 +44,13 @@ from tqdm import tqdm
 import cues
 import finder
 from align import centre, warp
-from data import ASSETS, OWN_PLACE, encode_clip, keyed, natural, pseudo_latents, remember, save_cache, toy_text
+from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, remember, save_cache, toy_text
 from data import write_text
 from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
-from video import PICTURES, Video, letterbox, output_size, resize, write_image, write_video
+from video import PICTURES, HelpFormatter, Video, letterbox, natural, output_size, resize, write_image
+from video import write_video
 
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height of the buckets
 
@@ -617,7 +618,7 @@ def check(args) -> None:
 
 # fmt: off
 def add_commands(commands) -> None:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = HelpFormatter
     masks = "masks for each video, one a frame, under its name"
     command = commands.add_parser("prepare", help="cut, cue and cache real videos", formatter_class=formatter)
     add = command.add_argument

@@ -39,7 +39,7 @@ class Ranks:
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, self.dtype, self.reason = pick_device(device)
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)
         if self.count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
@@ -81,7 +81,7 @@ def shard(source: nn.Module, full: bool, ranks: Ranks, compute, master) -> nn.Mo
     """
     with torch.device("meta"):
         model = DiT(source.config).to(master)
-    mixed = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=master)
+    mixed = MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)  # RoPE stays float32
     for part in [*model.blocks, model]:
         fully_shard(part, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=full)
     model.to_empty(device=ranks.device)
@@ -166,7 +166,13 @@ class Saver:
     def write(self, step: int, model, weights: dict, optimizer: dict) -> None:
         args, ranks, run = self.args, self.ranks, self.args.output
         final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
-        header = {"preset": args.preset, "stage": args.stage, "step": step, "window": args.window}
+        header = {
+            "preset": args.preset,
+            "stage": args.stage,
+            "step": step,
+            "window": args.window,
+            "ref_slot": args.ref_slot,
+        }
         failure = None
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -214,14 +220,23 @@ def load_checkpoint(args, ranks: Ranks, model, ema, optimizers: list) -> int:
     if not found:
         return 0
     weights, header = load_weights(found[-1] / "model.safetensors", config=model.config)
+    if header["stage"] != args.stage:
+        raise ValueError(f"{args.output} is a run of stage {header['stage']}: give another -o to stage {args.stage}")
     copy_parameters(model, dict(weights.named_parameters()))
     if ema:
         averaged, _ = load_weights(found[-1] / "ema.safetensors", config=model.config)
         with swapped(model, ema):
             copy_parameters(model, dict(averaged.named_parameters()))
     state = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    dcp.load(state, checkpoint_id=found[-1] / "optimizer", no_dist=ranks.count == 1)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    asked = [(group["rate"], group["weight_decay"]) for group in groups]
+    try:
+        dcp.load(state, checkpoint_id=found[-1] / "optimizer", no_dist=ranks.count == 1)
+    except CheckpointException:
+        raise ValueError(f"{found[-1]} is not of --optimizer {args.optimizer}: give the other one") from None
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
+    for group, (rate, weight_decay) in zip(groups, asked):  # this run's flags, not those of the run before
+        group["rate"], group["weight_decay"] = rate, weight_decay
     return header["step"]
 
 

@@ -7,12 +7,13 @@
 The steps, one network in memory at a time: find the person and the face in every driving frame (cues.py); text to T5
 states; reference and cues to VAE latents; noise to latents with the DiT; latents to video. Every driving frame gives
 one output frame, at the driving clip's own rate and with its sound.
+
+Paper silent: size and rate of the output; the reference's aspect at about 512x512 pixels, and every driving frame.
 """
 
 import argparse
 import hashlib
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
@@ -27,9 +28,10 @@ EXAMPLE = {  # what is animated when nothing is given
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import cues
+    from video import HelpFormatter
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     add = parser.add_argument
     add("reference", type=Path, nargs="?", help="picture of the person to animate (default: a drawn one)")
@@ -54,11 +56,11 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--offload", action="store_true", help="send T5 and DiT to the device block by block: least memory, more time")
     add("--compile", action="store_true", help="torch.compile the DiT: minutes at first, faster steps")
     add = parser.add_argument_group("sampling").add_argument
-    add("--prompt", default="", help="describe the person and the background")
-    add("--guidance", type=float, default=3.0, help="text guidance; 1 turns it off and halves the work")
+    add("--prompt", help="describe the person and the background")
+    add("--guidance", type=float, help="text guidance; 1 turns it off and halves the work (default: 3)")
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) SDE, or deterministic DDIM")
-    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
-        help="part of the steps that is guided; elsewhere the null branch is not run")
+    add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
+        help="part of the steps that is guided; elsewhere the null branch is not run (default: 0 1)")
     add("--sequential", action="store_true", help="run the two guidance branches one after the other: less memory")
     add("--steps", type=int, help="denoising steps (default: 50)")
     add("--fast", action="store_true", help="20 steps")
@@ -77,16 +79,20 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if args.fast and args.steps is not None:
         parser.error("--fast is --steps 20: give one of them")
     args.steps = (20 if args.fast else 50) if args.steps is None else args.steps
-    low, high = args.guidance_interval
-    if not 0 <= low <= high <= 1:
-        parser.error(f"--guidance-interval {low} {high}: give 0 <= FROM <= TO <= 1")
     for name in ("pose", "face"):
         if getattr(args, f"{name}_masks") and not getattr(args, f"{name}_video"):
             parser.error(f"--{name}-masks needs --{name}: the video whose masks they are")
     args.cache = args.cache.expanduser()
     args.preset = args.preset or (None if args.backbone else "toy")
-    if args.preset == "toy" and args.prompt:
-        parser.error("--prompt needs a --backbone: the drawn world knows no words")
+    if args.preset == "toy":
+        args.checkpoint = args.checkpoint or ASSETS / "toy.safetensors"
+        for name in ("prompt", "guidance", "guidance_interval", "sequential"):
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} needs a --backbone: the drawn world knows no words to be guided by")
+    args.prompt, args.guidance = args.prompt or "", 3.0 if args.guidance is None else args.guidance
+    low, high = args.guidance_interval = args.guidance_interval or (0.0, 1.0)
+    if not 0 <= low <= high <= 1:
+        parser.error(f"--guidance-interval {low} {high}: give 0 <= FROM <= TO <= 1")
     args.area = args.area or (96 * 96 if args.preset == "toy" else 512 * 512)
     return parser, args
 # fmt: on
@@ -108,6 +114,8 @@ import finder  # noqa: E402
 from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
+    check_dit,
+    dit_config,
     load_text_encoder,
     load_tokenizer,
     load_transformer,
@@ -156,18 +164,17 @@ def vae(args, dtype, device, size) -> CausalVAE:
     return network.to(device)
 
 
-def transformer(args, dtype) -> tuple[DiT, int]:
-    """The DiT, and how many latents it saw at once in training: the window of long clips."""
-    if args.checkpoint or args.preset == "toy":
-        path = args.checkpoint or ASSETS / "toy.safetensors"
-        network, header = load_weights(path, dtype)
-        print(f"{path}: stage {header.get('stage')}, step {header.get('step')}")
-        return network.eval(), header.get("window", 13)
+def transformer(args, dtype) -> tuple[DiT, dict]:
+    """The DiT, and how it was trained: how many latents it saw at once (the window of long clips), and what slot 0 held."""
+    if args.checkpoint:
+        network, header = load_weights(args.checkpoint, dtype)
+        print(f"{args.checkpoint}: stage {header.get('stage')}, step {header.get('step')}")
+        return network.eval(), {name: header[name] for name in ("window", "ref_slot") if name in header}
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
-        return random_weights(DiT, DIT_PRESETS[args.preset], dtype), 13
+        return random_weights(DiT, DIT_PRESETS[args.preset], dtype), {}
     print("No --checkpoint: CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion.")
-    return load_transformer(args.backbone, dtype).eval(), 13
+    return load_transformer(args.backbone, dtype).eval(), {}
 
 
 def random_weights(network_class, config, dtype):
@@ -210,17 +217,20 @@ def digest(*things) -> str:
     total = hashlib.sha256()
     for thing in things:
         if isinstance(thing, Path):
-            files = sorted(thing.iterdir()) if thing.is_dir() else [thing]
-            thing = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            files = sorted(thing.rglob("*")) if thing.is_dir() else [thing]
+            thing = (
+                str(thing),
+                [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()],
+            )
         total.update(thing if isinstance(thing, bytes) else repr(thing).encode())
     return total.hexdigest()[:32]
 
 
-def analysed(args, video, reference, find, masks: Path | None, options, progress=iter) -> cues.Track:
+def analysed(args, video, reference, find, masks: str | None, options, progress=iter) -> cues.Track:
     """Pass 1 of `cues.py` over a clip (a Video, or the reference alone), remembered in --cache. find(): the finder."""
-    networks = [str(path) for path in (args.segmenter, args.sam, args.face_model)]
+    files = [path and Path(path) for path in (masks, args.reference_mask, args.segmenter, args.sam, args.face_model)]
     source = video.path if isinstance(video, Video) else "reference"
-    name = digest(source, masks, reference.tobytes(), reference.shape, networks, args.person, args.fps, options)
+    name = digest(source, *files, reference.tobytes(), reference.shape, args.person, args.fps, options)
     path = args.cache / "cues" / f"{name}.npz"
     if path.is_file():
         return cues.Track.load(path)
@@ -266,12 +276,13 @@ def encode(args, vae: CausalVAE, device, reference, own, frames) -> tuple[Tensor
 
 @torch.inference_mode()
 def denoise(
-    args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, face: Tensor, window: int
+    args, dit: DiT, device, text: Tensor, image: Tensor, pose: Tensor, face: Tensor, window=13, ref_slot="reference"
 ) -> tuple[Tensor, list[Tensor]]:
     """Sample clean latents (1, f, 16, h, w) for the driving frames; slot 0, the reference's, is dropped at the end.
 
-    text is [prompt, null text], or the prompt alone. Beside them, with --every-step, each step's prediction of the
-    middle one.
+    text is [prompt, null text], or the prompt alone; window and ref_slot are the training's. Beside the latents, with
+    --every-step, each step's prediction of the middle one. Paper silent: sampler, steps, guidance, and the fusion of
+    overlapping windows where a clip is longer than one.
     """
     slots = pose.shape[1]
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: one seed, one picture, on every device
@@ -282,7 +293,8 @@ def denoise(
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
         n = latents.shape[1]
-        index = torch.tensor([0, *range(1 + start, start + n)], device=device)
+        first = 1 + start if ref_slot == "copy" else 0
+        index = torch.tensor([first, *range(1 + start, start + n)], device=device)
         at = torch.tensor([step], device=device)
         x = torch.cat([latents, image_condition(image, n)], dim=2)
         states = text if first <= step <= last else text[:1]
@@ -316,7 +328,7 @@ def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
             yield to_picture(frame[0])
 
 
-def driving_rows(args, source: Video, track, reference, find, options):
+def driving_rows(args, source: Video, track, reference, options):
     """A function that streams `cues.render` rows; with --pose or --face those cues are another video's (as the paper evaluates)."""
     size = reference.shape[:2]
     others = {}
@@ -327,8 +339,10 @@ def driving_rows(args, source: Video, track, reference, find, options):
                 raise ValueError(
                     f"--{name} {path} has {video.frames} frames, {source.path} {source.frames}: give as many"
                 )
-            looks = lambda masks=masks: replace(find(), masks=Video(masks, fps=args.fps) if masks else None)  # noqa: E731
-            others[name] = video, analysed(args, video, reference, looks, masks, options)
+            given = argparse.Namespace(**vars(args) | {"masks": masks})  # and so networks where there are none
+            track = analysed(args, video, reference, partial(finder.from_arguments, given), masks, options)
+            others[name] = video, track
+            print(f"--{name} {path}: {track.summary()}")
 
     def rows():
         streams = [cues.render(source, track, size, options)]
@@ -355,6 +369,9 @@ def animate(args) -> None:
         print("No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph.")
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
     check_output(output, args.reference, args.drive, suffixes=(".mp4",))
+    if args.checkpoint:
+        width = dit_config(args.backbone / "transformer") if args.backbone else DIT_PRESETS[args.preset]
+        check_dit(args.checkpoint, width.text_dim)
     device, dtype, reason = pick_device(args.device, args.dtype)
     print(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}")
 
@@ -365,15 +382,14 @@ def animate(args) -> None:
     options = cues.options(args)
     find = cache(lambda: finder.from_arguments(args))  # made when first needed: not at all if all is remembered
     try:  # the reference first: its mistakes should not wait for the driving video
-        mask = args.reference_mask and Path(args.reference_mask)
-        own = analysed(args, reference[None], reference, lambda: find().reference, mask, options)
+        own = analysed(args, reference[None], reference, lambda: find().reference, None, options)
     except ValueError as error:
-        raise ValueError(f"{args.reference}: no person is found in the reference picture ({error})") from None
+        raise ValueError(f"{args.reference}, the reference: {error}") from None
     progress = lambda frames: tqdm(frames, desc="cues", unit="frame", total=source.frames)  # noqa: E731
-    track = analysed(args, source, reference, find, args.masks and Path(args.masks), options, progress)
+    track = analysed(args, source, reference, find, args.masks, options, progress)
     frames = len(track.accepted)
     print(f"{frames} frames at {float(source.fps):g}/s, output {width}x{height}; {track.summary()}")
-    rows = driving_rows(args, source, track, reference, find, options)
+    rows = driving_rows(args, source, track, reference, options)
 
     text = encode_text(args, device, dtype)
     network = vae(args, dtype, device, reference.shape[:2])
@@ -381,11 +397,11 @@ def animate(args) -> None:
     drive = tqdm(rows(), desc="encode", unit="frame", total=frames)
     image, pose, face = encode(args, network, device, reference, own_row, drive)
     del network
-    network, window = transformer(args, dtype)
+    network, trained = transformer(args, dtype)
     network = place(args, network, device)
     if args.compile:
         network.compile()
-    latents, predictions = denoise(args, network, device, text, image, pose, face, window)
+    latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
     del network
     network = vae(args, dtype, device, reference.shape[:2])
     audio = args.drive if source.has_audio else None
@@ -393,8 +409,9 @@ def animate(args) -> None:
     print(f"wrote {output}")
     if predictions:
         strip = [next(pictures(network, latent, 1, device)) for latent in predictions]
-        write_image(output.with_name(f"{output.stem}_steps.png"), np.concatenate(strip, axis=1), comment=AI_GENERATED)
-        print(f"wrote {output.stem}_steps.png")
+        path = output.with_name(f"{output.stem}_steps.png")
+        write_image(path, np.concatenate(strip, axis=1), comment=AI_GENERATED)
+        print(f"wrote {path}")
     if args.compare:
         side = output.with_name(f"{output.stem}_compare.mp4")
         write_video(

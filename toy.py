@@ -24,7 +24,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from video import write_gif
+from video import HelpFormatter, write_gif
 
 FPS = 24
 SUPER = 3       # people are drawn at SUPER x the frame size and averaged: nine samples a pixel
@@ -789,7 +789,7 @@ def contact_sheet(people: list[int], motions: list[int], size: int, frames: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default="toy.png", help=".png; .gif and .mp4 move")
     parser.add_argument("--size", type=int, default=96, help="side of each picture, a multiple of 16")
     parser.add_argument("--people", type=int, nargs="+", default=[*range(6)], help="identity seeds: rows")

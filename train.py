@@ -40,9 +40,14 @@ DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4); steps
     "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=(1e-3,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(2,) * 4, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
 }
+READ_BY = dict.fromkeys(("s2x_weight", "align_depth", "init"), "2") | dict.fromkeys(
+    ("cue_injection", "cue_lr", "location", "face", "ref_slot"), "12") | dict.fromkeys(
+    ("shard", "compile", "checkpointing", "noise_shift", "window"), "012")
 
 
 def parse_args(argv=None):
+    from video import HelpFormatter, natural  # no torch: --help answers at once
+
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults")
     first.add_argument("--stage", choices=STAGES, default="1", help="see above")
@@ -50,7 +55,7 @@ def parse_args(argv=None):
     default, stage = DEFAULTS[known.preset], STAGES.index(known.stage)
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     add = parser.add_argument
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
@@ -65,9 +70,9 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the run folder's newest checkpoint")
     add("--dry-run", action="store_true", help="print what would be trained, and stop")
     add("--export", type=Path, metavar="RUN", help="write the newest weights of a run to -o FILE, and stop")
-    add("--steps", type=int, default=default["steps"][stage], help="optimiser steps")
-    add("--batch", type=int, default=default["batch"][stage], help="samples per rank and forward pass")
-    add("--accumulate", type=int, default=1, help="forward passes per optimiser step")
+    add("--steps", type=natural, default=default["steps"][stage], help="optimiser steps")
+    add("--batch", type=natural, default=default["batch"][stage], help="samples per rank and forward pass")
+    add("--accumulate", type=natural, default=1, help="forward passes per optimiser step")
     add("--optimizer", choices=["adamw", "muon"], default=default["optimizer"], help="muon: for the matrices, AdamW for the rest")
     add("--lr", type=float, default=default["lr"][stage], help="learning rate between warm-up and cool-down")
     add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which start at zero")
@@ -75,7 +80,7 @@ def parse_args(argv=None):
         help="s > 1 trains more on strong noise, where poses are decided: a level u in [0, 1) becomes s u / (1 + (s - 1) u)")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
     add("--cooldown", type=float, default=default["cooldown"], help="last part of the steps, rate falling to 0")
-    add("--weight-decay", type=float, default=1e-4, help="AdamW's; none on biases and norms")
+    add("--weight-decay", type=float, default=1e-4, help="none on biases and norms")
     add("--clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema", type=float, default=default["ema"], help="decay of the weights' moving average; 0: none")
     add("--lambda", dest="s2x_weight", type=float, default=0.5, help="weight of the Same2X loss (Table 4); 0: row S8")
@@ -97,8 +102,8 @@ def parse_args(argv=None):
         help="of the computation; weights stay float32 (default: bfloat16 where fast)")
     add("--device", help="default: cuda if present, else cpu")
     add("--seed", type=int, default=0, help="of every random draw")
-    add("--log-every", type=int, default=20, help="steps between log lines")
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--log-every", type=natural, default=20, help="steps between log lines")
+    add("--save-every", type=natural, default=500, help="steps between checkpoints")
     add("--async-save", action=argparse.BooleanOptionalAction,
         help="go on training while a checkpoint is written from a copy in host memory (default: on GPUs)")
     add("--keep", type=int, default=2, help="checkpoints to keep, the newest; 0: all")
@@ -110,15 +115,19 @@ def parse_args(argv=None):
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
     if (args.stage == "2") != (args.teacher is not None):
         parser.error("--stage 2 needs --teacher, a stage-1 run folder or weights file; the other stages take none")
-    if args.init == "backbone" and args.stage != "2":
-        parser.error("--init is a choice of stage 2: stage 1 always starts from the backbone")
-    if args.window % 2 == 0:
-        parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, "
-                     f"use {args.window - 1} or {args.window + 1}")
+    for name, stages in READ_BY.items():
+        if getattr(args, name) != parser.get_default(name) and args.stage not in stages:
+            flag = {"s2x_weight": "lambda"}.get(name, name.replace("_", "-"))
+            parser.error(f"--{flag} is read by stage {' and '.join(stages)} only: drop it")
+    if args.window % 2 == 0 or args.window < 3:
+        parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, 4 or more: "
+                     f"use {max(args.window - 1, 3)} or {max(args.window + 1, 5)}")
+    if not 0 <= args.ema < 1 or args.clip <= 0:
+        parser.error(f"--ema {args.ema:g} --clip {args.clip:g}: give 0 <= EMA < 1 and CLIP > 0")
+    if args.stage == "vae" and args.preset == "cogvideox1.5-5b":
+        parser.error("--stage vae trains a small VAE: give --preset toy (CogVideoX brings its own)")
     if args.stage == "0" and args.backbone:
         parser.error("--stage 0 makes a backbone from nothing: drop --backbone")
-    if args.compile and args.stage == "vae":
-        parser.error("--compile is for the DiT: a VAE's many shapes would compile for longer than they save")
     if args.decoder_only and (args.stage != "vae" or not args.backbone):
         parser.error("--decoder-only goes with --stage vae and --backbone FILE, the VAE to go on from")
     if args.preset == "toy":
@@ -146,7 +155,14 @@ from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 import budget  # noqa: E402
 import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
-from load_cogvideox import keep_freed_memory, load_transformer, load_vae, load_weights, save_weights  # noqa: E402
+from load_cogvideox import (  # noqa: E402
+    checkpoints,
+    keep_freed_memory,
+    load_transformer,
+    load_vae,
+    load_weights,
+    save_weights,
+)
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
 from ranks import Ranks, Saver, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
@@ -160,15 +176,19 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what a che
 
 
 def same2x(student: Tensor, teacher: Tensor) -> Tensor:
-    """Eq. 4 without its expectation: minus the cosine of matching tokens, mean over tokens. (B, N, D) twice -> (B,)."""
+    """Eq. 4 without its expectation: minus the cosine of matching tokens, mean over tokens. (B, N, D) twice -> (B,).
+
+    Paper silent: which tokens, and whether a head projects them. Here the video tokens leaving block D, as they are.
+    """
     wide = torch.promote_types(student.dtype, torch.float32)
     return -F.cosine_similarity(student.to(wide), teacher.to(wide), dim=-1).mean(dim=1)
 
 
 class Denoising(nn.Module):
-    """v-MSE, Eq. 8 in v-prediction, over all latents (slot 0 too); with a teacher also Eq. 4. Losses are (B,).
+    """v-MSE, Eq. 8 in v-prediction, over all latents; with a teacher also Eq. 4. Losses are (B,).
 
-    The teacher sees what the student sees, the same noisy latents, step, text and reference, but the clip's own cues.
+    Paper silent: whether slot 0 counts; here it does. Paper silent: what the teacher sees. Here what the student sees, the
+    same noisy latents, step, text and reference, but the clip's own cues.
     """
 
     def __init__(self, model: DiT, align_depth: int, teacher: DiT | None = None):
@@ -235,7 +255,7 @@ def dit_config(args) -> DiTConfig:
 def load_backbone(path: Path, config: DiTConfig) -> DiT:
     """A model of `config` with fresh cue layers around a backbone: a CogVideoX folder, or our own stage-0 weights."""
     if (path / "transformer").is_dir():
-        return load_transformer(path)
+        return load_transformer(path, cue_injection=config.cue_injection)
     plain = replace(config, cue_channels=0, cue_injection="cuefusion")
     backbone, _ = load_weights(path, torch.float32, plain)
     model = DiT(config)
@@ -245,7 +265,10 @@ def load_backbone(path: Path, config: DiTConfig) -> DiT:
 
 
 def build(args) -> nn.Module:
-    """The network to train, on the CPU; what comes from a file keeps the file's dtype and stays memory-mapped."""
+    """The network to train, on the CPU; what comes from a file keeps the file's dtype and stays memory-mapped.
+
+    Paper silent: what stage 2 starts from. Here the teacher, or with --init backbone what stage 1 started from (Fig. 1).
+    """
     torch.manual_seed(args.seed)
     if args.stage == "vae":
         vae = load_weights(args.backbone)[0] if args.backbone else CausalVAE(VAE_PRESETS[args.preset])
@@ -315,7 +338,7 @@ def export(run: Path, output: Path) -> None:
     if isinstance(network, CausalVAE):
         network.whiten(*latent_statistics(network))
         network.config = replace(network.config, scaling_factor=1.0)
-    kept = {name: header[name] for name in ("preset", "stage", "step", "window") if name in header}
+    kept = {name: header[name] for name in ("preset", "stage", "step", "window", "ref_slot") if name in header}
     save_weights(output, network, dtype=torch.bfloat16, **kept)
     print(f"wrote {output}: stage {kept['stage']}, step {kept['step']}, {output.stat().st_size / 1e6:.1f} MB")
 
@@ -361,6 +384,7 @@ class Meter:
 @torch.no_grad()
 def held_out_loss(objective: nn.Module, clips: data.Clips, ranks: Ranks, autocast, dtype, batches=4, size=16) -> float:
     """Mean denoising loss of the test split: the same clips, noise and steps every time, no dropouts."""
+    size = max(size, ranks.count)
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     objective.eval()
     for k in range(batches):
@@ -374,10 +398,10 @@ def held_out_loss(objective: nn.Module, clips: data.Clips, ranks: Ranks, autocas
 
 
 @torch.no_grad()
-def sample_strip(args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dtype, count=4, steps=10) -> np.ndarray:
+def sample_strip(model: DiT, vae: CausalVAE, clips: data.Clips, ranks: Ranks, autocast, dtype, count=4, steps=10):
     """What the model makes of test clips, (rows, columns, 3) uint8: reference | pose cue, output, truth at three times.
 
-    Sampled by DDIM in 10 steps without guidance: a look, not a measurement.
+    Sampled by DDIM in 10 steps without guidance: a look, not a measurement. None on all ranks but the first.
     """
     batch = to_device(clips.batch(0, range(count), count), ranks.device, dtype)
     pose, face = batch.get("pose"), batch.get("face")
@@ -388,7 +412,9 @@ def sample_strip(args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dt
             return model(x, torch.tensor([step], device=ranks.device), batch["text"], pose, face)
 
     output = ddim(velocity, batch["noise"], Schedule(), steps)
-    vae = load_strip_vae(args).to(ranks.device)
+    if ranks.rank:
+        return None
+    vae = vae.to(ranks.device)
 
     def pictures(latents: Tensor) -> np.ndarray:
         """(count, f, 16, h, w) -> the first, middle and last frame side by side, (count, H, 3 W, 3) uint8."""
@@ -400,8 +426,8 @@ def sample_strip(args, model: DiT, clips: data.Clips, ranks: Ranks, autocast, dt
     return np.concatenate([np.concatenate(row) for row in ([reference, *columns])], axis=1)
 
 
-def load_strip_vae(args) -> CausalVAE:
-    return load_vae(args.vae) if args.vae.is_dir() else load_weights(args.vae)[0].eval()
+def load_strip_vae(path: Path) -> CausalVAE:
+    return load_vae(path) if (path / "vae").is_dir() else load_weights(path)[0].eval()
 
 
 def plot_losses(run: Path) -> None:
@@ -512,6 +538,11 @@ def train(args) -> None:
     )
     if args.dry_run:
         return
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
+    resume = args.resume or restarted
+    if checkpoints(run) and not resume:
+        raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
+    strip_vae = load_strip_vae(args.vae) if args.vae and args.eval_every and args.stage != "vae" else None
 
     model = build(args)
     if args.shard in ("none", None):  # None: the VAE
@@ -533,8 +564,7 @@ def train(args) -> None:
     optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
-    start = load_checkpoint(args, ranks, model, ema, optimizers) if args.resume or restarted else 0
+    start = load_checkpoint(args, ranks, model, ema, optimizers) if resume else 0
     saver = Saver(args, ranks, args.async_save if args.async_save is not None else ranks.device.type == "cuda")
     if ranks.rank == 0:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -601,7 +631,7 @@ def train(args) -> None:
             )
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with torch.compiler.set_stance("force_eager"):  # other batch sizes, seldom: not worth a compilation
-                report(args, done, objective, ema, shown, ranks, autocast, master, log)
+                report(args, done, objective, ema, shown, strip_vae, ranks, autocast, master, log)
         if done % args.save_every == 0 or done == args.steps:
             saver.save(done, model, ema, optimizers)
     saver.finish()
@@ -609,7 +639,7 @@ def train(args) -> None:
         dist.destroy_process_group()
 
 
-def report(args, done, objective, ema, shown, ranks, autocast, dtype, log) -> None:
+def report(args, done, objective, ema, shown, vae, ranks, autocast, dtype, log) -> None:
     """Held-out loss, sample strip and loss plot, all with the averaged weights."""
     if shown is not None:
         with swapped(objective.model, ema):
@@ -617,8 +647,8 @@ def report(args, done, objective, ema, shown, ranks, autocast, dtype, log) -> No
                 value = held_out_loss(objective, shown, ranks, autocast, dtype)
                 log({"step": done, "held_out": value})
                 ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
-            if args.vae:
-                strip = sample_strip(args, objective.model, shown, ranks, autocast, dtype)
+            if vae:
+                strip = sample_strip(objective.model, vae, shown, ranks, autocast, dtype)
                 if ranks.rank == 0:
                     write_image(args.output / f"samples-{done:07d}.png", strip)
     if ranks.rank == 0:

@@ -6,6 +6,7 @@ ValueError or OSError with one sentence: what was given, what to give.
 
     python -c "import video; v = video.Video('drive.mp4'); print(v.frames, v.fps, v.width, v.height)"
 """
+import argparse
 import contextlib
 import difflib
 import itertools
@@ -265,6 +266,20 @@ class Video:
 
 
 # ---- Writing ----
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help names the default of each flag that has one; where it is None the help's own words say what happens."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def natural(text: str) -> int:
+    """The type of a flag that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
+    return int(text)
+
 
 def check_output(path: str | Path, *inputs: str | Path,
                  suffixes: tuple[str, ...] = (".mp4", *PICTURES)) -> None:

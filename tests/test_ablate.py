@@ -56,6 +56,17 @@ def test_the_rows_of_the_papers_tables_are_all_there():
     } <= set(ablate.ROWS)
 
 
+def test_results_of_other_settings_do_not_pass_for_finished(tmp_path):
+    """Neither those of --quick, which have folders of their own, nor those of other steps or pairs."""
+    (target, command), *_ = plan(tmp_path, "full")[3].items()
+    target.write_text(json.dumps({"checkpoint": str(command[2]), "pairs": 64}))
+    ablate.check_results({target: command}, 64)
+    with pytest.raises(ValueError, match="take another --results"):
+        ablate.check_results({target: command}, 2)
+    with pytest.raises(ValueError, match="take another --results"):
+        ablate.check_results({target: [*command[:2], "runs/other"]}, 64)
+
+
 def test_a_failing_piece_names_its_command_and_log(tmp_path):
     with pytest.raises(OSError, match="failed, see .*log"):
         ablate.execute(tmp_path, tmp_path / "never", [sys.executable, "-c", "print('broken')"])
@@ -91,7 +102,7 @@ def test_the_verdict_follows_the_stated_rule(full, row, said):
 
 
 def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(tmp_path):
-    fill(tmp_path, full=[1, 1.1, 1.2], S8=[2, 2.1, 2.2], S1=[1, 1.1, 1.3])
+    fill(tmp_path, full=[1, 1.1, 1.2], S8=[2, 2.1, 2.2], S1=[1, 1.1, 1.3], S5=[3, 3.1, 3.2], S5_2px=[4, 4.1, 4.2])
     page = tmp_path / "page.md"
     page.write_text("before\n" + "\noutdated\n".join(ablate.MARKS) + "\nafter\n")
     for _ in range(2):
@@ -100,6 +111,9 @@ def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "outdated" not in text
     assert text.count("| 1.10 ± 0.10 | 2.10 ± 0.10 | holds |") == 1, "S8"
     assert text.count("| 1.10 ± 0.10 | 1.13 ± 0.15 | null |") == 1, "S1"
+    assert (
+        text.count("| 1.10 ± 0.10 | 3.10 ± 0.10 | holds |") == text.count("| 1.10 ± 0.10 | 4.10 ± 0.10 | holds |") == 1
+    )
     assert "seed by seed: 1.50, 1.50, 1.50" in text, "full falls to 2 at step 200, S8 at 300"
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("rows.png", "same2x.png"))
 

@@ -329,9 +329,9 @@ def test_a_constant_denoiser_is_unchanged_and_the_callers_latents_too():
     assert torch.equal(latents, before)
 
 
-@pytest.mark.parametrize("length, size, stride", [(14, 13, 8), (21, 12, 8), (21, 13, 7), (0, 13, 8)])
+@pytest.mark.parametrize("length, size, stride", [(14, 13, 8), (21, 12, 8), (21, 13, 7), (0, 13, 8), (21, 5, 8)])
 def test_windows_that_would_split_a_token_are_refused(length, size, stride):
-    """Even lengths or sizes and odd strides put the last start on an odd latent, in silence."""
+    """Even lengths or sizes and odd strides put the last start on an odd latent, wide strides leave latents out: in silence."""
     with pytest.raises(ValueError, match="odd"):
         windows(lambda part, step, start: part, length, size, stride)
 

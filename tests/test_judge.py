@@ -144,3 +144,21 @@ def test_a_sheet_shows_reference_driver_output_and_truth(pairs, tmp_path):
     with pytest.raises(SystemExit) as stop:
         judge.main(["--sheet", str(tmp_path / "sheet.bmp")])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--pairs", "0"], "give at least 1"),
+        (["--sheet", "s.png", "--rows", "0"], "give at least 1"),
+        (["-o", "nofolder/x.json"], "nofolder does not exist"),
+        (["--sheet", "nofolder/x.png"], "nofolder does not exist"),
+        (["--sheet", "x.jpg"], "must end in .png or .gif"),
+        ([str(judge.ASSETS / "toy-vae.safetensors")], "holds a CausalVAE"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_sampled(flags, said, capsys, monkeypatch):
+    monkeypatch.setattr(judge, "load_weights", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit) as stop:
+        judge.main(flags)
+    assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -128,7 +128,13 @@ def test_a_second_run_on_the_same_files_looks_for_nobody(example, tmp_path, monk
             patch.setattr(module, name, forbidden)
         run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
-        for extra in (["--align", "none"], ["--fps", 4], ["--guidance", 1]):
+        write_image(tmp_path / "half.png", read_image(example / "ref_mask.png") * (np.arange(96) < 48)[:, None, None])
+        for extra in (
+            ["--align", "none"],
+            ["--fps", 4],
+            ["--guidance", 1],
+            ["--reference-mask", tmp_path / "half.png"],
+        ):
             with pytest.raises(AssertionError, match="again"):
                 run(example, "-o", tmp_path / "c.mp4", "--cache", tmp_path / "cache", *extra)
 
@@ -150,6 +156,17 @@ def test_pose_and_face_of_other_videos_and_the_place_of_the_driver(example, tmp_
     assert made["plain"] == made["same"] != made["pose"]
     write_video(tmp_path / "long.mp4", np.concatenate([other.video] * 2), Fraction(8))
     assert "20 frames" in mistake(example, "-o", tmp_path / "x.mp4", "--pose", tmp_path / "long.mp4")
+
+
+def test_a_pose_video_without_masks_is_segmented_though_the_driver_has_some(example, tmp_path, monkeypatch, capsys):
+    everything = lambda frame, previous: [finder.Person(np.ones(frame.shape[:2], bool), 1.0, 1.0)]  # noqa: E731
+    monkeypatch.setattr(finder, "Sam", lambda weights: everything)
+    monkeypatch.setattr(finder, "load_face_finder", lambda path: None)
+    drive = example / "drive.mp4"
+    run(
+        example, "-o", tmp_path / "a.mp4", "--guidance", 1, "--steps", 1, "--pose", drive, "--cache", tmp_path / "cache"
+    )
+    assert f"--pose {drive}: 10 of 10 frames accepted" in capsys.readouterr().out
 
 
 def test_every_step_shows_what_each_step_predicts(example, tmp_path):
@@ -209,6 +226,7 @@ def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
     for words, named in (
         (["ref.png"], "DRIVE"),
         (["--prompt", "a dancer"], "--backbone"),
+        (["--guidance", "2"], "--guidance needs a --backbone"),
         (["--preset", "tiny", "--backbone", "x"], "--preset"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -279,6 +297,10 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     assert "cut.mp4" in mistake(example, "-o", out, drive=tmp_path / "cut.mp4")
     assert "steps" in mistake(example, "-o", out, "--steps", 0)
+    for name, said in (("toy-vae", "holds a CausalVAE"), ("toy", "text states 64 wide, these are 32")):
+        assert said in mistake(example, "-o", out, "--checkpoint", ROOT / f"assets/{name}.safetensors")
+    (tmp_path / "model.pt").write_bytes(b"")
+    assert "model.pt" in mistake(example, "-o", out, "--checkpoint", tmp_path / "model.pt")
     assert "steps" in mistake(example, "-o", out, "--steps", 1001)
     assert "nofolder" in mistake(example, "-o", tmp_path / "nofolder" / "out.mp4")
     assert "--backbone" in mistake(example, "-o", out, "--backbone", tmp_path)

@@ -124,13 +124,25 @@ def test_eq4_same2x_loss_equals_the_loop_oracle():
 
 
 def test_no_gradient_reaches_the_teacher_and_it_never_changes(folder, teacher, tmp_path):
-    before = weights_of(teacher, "ema")
-    run_training(folder, tmp_path / "run", "--steps", 2, "--teacher", teacher, stage="2")
-    after = weights_of(teacher, "ema")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    """Of Denoising, step by step: what the teacher is fed, Same2X of both features, and only the student learns."""
     _, args = train.parse_args(arguments(folder, tmp_path, "--teacher", teacher, stage="2"))
-    frozen = train.load_teacher(args, torch.float32, "cpu")
-    assert not any(p.requires_grad for p in frozen.parameters()) and len(frozen.blocks) == args.align_depth
+    frozen, student = train.load_teacher(args, torch.float32, "cpu"), train.build(args)
+    assert len(frozen.blocks) == args.align_depth
+    before = {name: p.clone() for name, p in frozen.named_parameters()}
+    asked, features = [], frozen.features
+    frozen.features = lambda *inputs: asked.append(inputs) or features(*inputs)
+    student.register_forward_pre_hook(lambda module, inputs: asked.append(inputs))
+    batch = train.data.Clips(folder, args, 0.7).batch(3, range(8), 8)
+    losses = train.Denoising(student, args.align_depth, frozen)(batch)
+    (x, step, text, pose, _), (x_t, step_t, text_t, pose_t, face_t, depth) = asked
+    assert x is x_t and step is step_t and text is text_t and depth == args.align_depth
+    assert pose is batch["pose"] and pose_t is batch["teacher_pose"] and face_t is batch["teacher_face"]
+    own = student.features(x, step, text, batch["pose"], batch["face"], depth)
+    torch.testing.assert_close(losses["s2x"], train.same2x(own, features(*asked[1])))
+    losses["s2x"].mean().backward()
+    torch.optim.SGD([*student.parameters(), *frozen.parameters()], 1.0).step()
+    assert all(p.grad is None and torch.equal(p, before[name]) for name, p in frozen.named_parameters())
+    assert any(p.grad is not None and p.grad.any() for p in student.parameters())
 
 
 def test_teacher_sees_the_same_noisy_latents_step_text_and_reference_but_its_own_cues(folder, tmp_path):
@@ -625,10 +637,22 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "--teacher" in mistake(folder, tmp_path / "r", stage="2")
     assert "nowhere" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "nowhere", stage="2")
     assert "data.py" in mistake(tmp_path, tmp_path / "r")
-    assert "--compile is for the DiT" in mistake(folder, tmp_path / "r", "--compile", stage="vae")
+    assert "--compile is read by stage 0 and 1 and 2 only" in mistake(folder, tmp_path / "r", "--compile", stage="vae")
+    for flags, stage in ((["--lambda", 1], "1"), (["--face", "none"], "0"), (["--shard", "full"], "vae")):
+        assert f"{flags[0]} is read by" in mistake(folder, tmp_path / "r", *flags, stage=stage)
+    for flag, value in (("--batch", 0), ("--steps", -1), ("--log-every", 0), ("--accumulate", 0)):
+        assert f"{flag}: {value}: give a whole number" in mistake(folder, tmp_path / "r", flag, value)
+    for flag, value in (("--window", 1), ("--ema", 1.5), ("--clip", 0)):
+        assert f"{flag} {value}" in mistake(folder, tmp_path / "r", flag, value)
+    assert "nowhere" in mistake(folder, tmp_path / "r", "--vae", tmp_path / "nowhere", "--eval-every", 1), (
+        "before step 1"
+    )
+    assert "holds a run" in mistake(folder, teacher), "whose checkpoints would be deleted as the oldest"
     other = tmp_path / "other.safetensors"
     save_weights(other, DiT(DIT_PRESETS["toy"]), preset="toy", stage="1", step=1)
     assert "dim" in mistake(folder, tmp_path / "r", "--teacher", other, stage="2")
     run_training(folder, tmp_path / "s2", "--teacher", teacher, "--steps", 1, stage="2")
     assert "stage-1" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "s2", stage="2")
+    assert "is a run of stage 2" in mistake(folder, tmp_path / "s2", "--resume")
+    assert "not of --optimizer muon" in mistake(folder, teacher, "--resume", "--optimizer", "muon", "--steps", 4)
     assert "finite" in mistake(folder, tmp_path / "r", "--lr", 1e30, "--steps", 8, "--clip", 1e30, "--warmup", 0)
