@@ -38,6 +38,8 @@ class Ranks:
     def __init__(self, device: str | None):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, self.dtype, self.reason = pick_device(device)
+        if self.device.type == "mps":
+            raise ValueError("--device mps: losses are summed in float64, which Apple's GPUs lack: use --device cpu")
         if self.device.type == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)

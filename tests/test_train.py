@@ -633,6 +633,11 @@ def mistake(*args, **kwargs) -> str:
     return stderr.getvalue() + str(error.value)
 
 
+def test_apples_gpus_are_refused_before_anything_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ranks.pick_device", lambda device: (torch.device("mps"), torch.bfloat16, "it is there"))
+    assert "use --device cpu" in mistake(folder, tmp_path / "r", "--device", "mps")
+
+
 def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "--teacher" in mistake(folder, tmp_path / "r", stage="2")
     assert "nowhere" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "nowhere", stage="2")
