@@ -325,8 +325,8 @@ def draw_share(args, numbers: list[int], done) -> None:
     """What one worker of `make_toy` does: its own copy of the VAE, one thread, a clip after another."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    dtype = pick_device("cpu")[1]
-    vae = load_weights(args.vae, dtype)[0].eval()
+    device, dtype, _ = pick_device(args.device)
+    vae = load_weights(args.vae, dtype)[0].to(device).eval()
     for number in numbers:
         if not multiprocessing.parent_process().is_alive():
             return  # killed: nobody waits for the rest
@@ -337,7 +337,7 @@ def draw_share(args, numbers: list[int], done) -> None:
 def make_toy(args) -> None:
     """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
-    read_header(args.vae)  # its mistakes once, not once a worker
+    read_header(args.vae), pick_device(args.device)  # their mistakes once, not once a worker
     remember(args.output / "toy.json", args, TOY_SHARED)
     numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
     missing = [n for n in numbers if not (args.output / "cache" / f"{n:06d}.safetensors").exists()]
@@ -593,6 +593,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
     add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
     add("--workers", type=natural, default=os.cpu_count(), help="processes that draw and encode")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
     add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")
     for command in (parser, *commands.choices.values()):

@@ -118,11 +118,12 @@ def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[to
             f"this GPU {'has' if fast else 'lacks'} bfloat16",
         )
     if chosen.type == "cpu":
-        fast = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = has.get("amx_bf16") or has.get("avx512_bf16")  # 6 and 2 times as fast as float32
         return (
             chosen,
             torch.bfloat16 if fast else torch.float32,
-            f"this CPU {'has' if fast else 'lacks'} bfloat16 matrix units (AMX)",
+            f"this CPU {'has' if fast else 'lacks'} bfloat16 instructions",
         )
     return chosen, torch.float32, f"the safe format on {chosen.type}"
 

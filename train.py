@@ -63,7 +63,8 @@ def parse_args(argv=None):
     add("--window", type=int, default=default["window"], help="latents of a clip seen at once, odd: 13 are 49 frames")
     add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 run or file (toy: assets); stage vae: a VAE")
     add("--teacher", type=Path, help="stage 2: a stage-1 run folder, .safetensors or .pt file")
-    add("--init", choices=["teacher", "backbone"], default="teacher", help="stage 2: what the student starts from")
+    add("--init", default="teacher", metavar="{teacher,backbone,FILE}",
+        help="stage 2: what the student starts from; FILE: a student's weights or run folder, to train her on other data")
     add("--decoder-only", action="store_true",
         help="stage vae, from --backbone FILE: the encoder, and so every cached latent, stays as it is")
     add("--vae", type=Path, help="VAE that decodes the sample strips (default: the backbone's; toy: assets)")
@@ -277,8 +278,8 @@ def build(args) -> nn.Module:
     config = dit_config(args)
     if args.stage == "0":
         return DiT(replace(config, cue_channels=0, cue_injection="cuefusion"))
-    if args.stage == "2" and args.init == "teacher":
-        return load_weights(args.teacher, config=config)[0]
+    if args.stage == "2" and args.init != "backbone":
+        return load_weights(args.teacher if args.init == "teacher" else Path(args.init), config=config)[0]
     if args.backbone:
         return load_backbone(args.backbone, config)
     if args.preset == "tiny":

@@ -145,6 +145,19 @@ def test_no_gradient_reaches_the_teacher_and_it_never_changes(folder, teacher, t
     assert any(p.grad is not None and p.grad.any() for p in student.parameters())
 
 
+def test_the_student_starts_from_the_teacher_the_backbone_or_a_file(folder, teacher, tmp_path):
+    """Weights of each start are told apart: the teacher's, those of tiny's random backbone, another student's."""
+    start = lambda *flags: train.build(  # noqa: E731
+        train.parse_args(arguments(folder, tmp_path, "--teacher", teacher, *flags, stage="2"))[1]
+    )
+    other = run_training(folder, tmp_path / "other", "--teacher", teacher, "--steps", 1, stage="2")
+    for flags, source in (((), teacher), (("--init", str(other)), other)):
+        found, expected = start(*flags).state_dict(), weights_of(source, "ema")
+        assert all(torch.equal(found[name], expected[name]) for name in expected), flags
+    assert all((block.cues.mlp.weight == 0).all() for block in start("--init", "backbone").blocks)
+    assert "nowhere" in mistake(folder, tmp_path / "r", "--teacher", teacher, "--init", "nowhere", stage="2")
+
+
 def test_teacher_sees_the_same_noisy_latents_step_text_and_reference_but_its_own_cues(folder, tmp_path):
     """A.3 and Fig. 4b; the Location Cue, last channel of each cue, is shared."""
     _, args = train.parse_args(arguments(folder, tmp_path, "--teacher", "x", stage="2"))
