@@ -269,7 +269,8 @@ def test_any_ranks_and_shards_equal_one_rank(
     assert losses_of(one) == pytest.approx(losses_of(many), rel=1e-9 if dtype == "float64" else 1e-5)
     for name in ("model", "ema") if dtype == "float64" else ():
         a, b = weights_of(one, name), weights_of(many, name)
-        assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-30) for k in a) < 1e-9
+        # where the true gradient is 0, a weight of 1e-14 is itself rounding
+        assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12) for k in a) < 1e-9
 
 
 @pytest.mark.slow
@@ -367,15 +368,17 @@ def test_a_decoder_is_trained_alone_and_the_encoder_stays(tmp_path, monkeypatch)
 
 
 def test_teacher_may_be_a_run_a_safetensors_or_a_pt_file(folder, teacher, tmp_path):
-    """All three train the same student; of a .pt file only weights are read."""
+    """All are the same teacher and the same start of the student, bit for bit; of a .pt file only weights are read."""
     averaged = checkpoints(teacher)[-1] / "ema.safetensors"
     torch.save(load_file(averaged), tmp_path / "plain.pt")
     torch.save({"model": load_file(averaged)}, tmp_path / "nested.pt")
     results = []
     for given in (teacher, averaged, tmp_path / "plain.pt", tmp_path / "nested.pt"):
-        run = run_training(folder, tmp_path / f"{len(results)}", "--steps", 2, "--teacher", given, stage="2")
-        results.append(weights_of(run))
+        _, args = train.parse_args(arguments(folder, tmp_path / "r", "--teacher", given, stage="2"))
+        networks = {"student": train.build(args), "teacher": train.load_teacher(args, torch.float32, "cpu")}
+        results.append({(name, k): v for name, net in networks.items() for k, v in net.state_dict().items()})
     assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])
+    run_training(folder, tmp_path / "pt", "--steps", 1, "--teacher", tmp_path / "plain.pt", stage="2")
     torch.save({"model": print}, tmp_path / "code.pt")
     assert "weights only" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "code.pt", stage="2")
     torch.save({"model": {}}, tmp_path / "empty.pt")
