@@ -292,7 +292,11 @@ def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
 def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
     """Under a temporary name, then renamed: what has a clip's name is whole."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, part)
+    try:
+        save_file(tensors, part)
+    except SafetensorError as error:  # a full disk is no OSError of its own
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error})") from None
     os.replace(part, path)
 
 
@@ -432,8 +436,9 @@ class Clips:
             path = self.folder / "cache" / f"{clip['id']}.safetensors"
             try:
                 with safe_open(path, "pt") as file:
-                    if file.get_slice("mean").get_shape()[2:] != [clip["height"] // 8, clip["width"] // 8]:
-                        raise ValueError(f"not {clip['width']}x{clip['height']} pixels, as clips.jsonl says")
+                    f, _, h, w = file.get_slice("mean").get_shape()
+                    if (4 * f - 3, 8 * h, 8 * w) != (clip["frames"], clip["height"], clip["width"]):
+                        raise ValueError(f"{4 * f - 3} frames of {8 * w}x{8 * h} pixels, clips.jsonl says otherwise")
                     return self.read(file, copy.deepcopy(generator))
             except (OSError, ValueError, SafetensorError) as error:
                 self.skipped += 1

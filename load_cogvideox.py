@@ -389,6 +389,8 @@ def save_weights(
     try:
         save_file(state, temporary, metadata={"directanimator": json.dumps(header)})
         os.replace(temporary, path)
+    except SafetensorError as error:  # a full disk, a missing folder: no OSError of its own
+        raise OSError(f"{path} cannot be written ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -428,6 +430,8 @@ def check_dit(path: Path, text_dim: int) -> None:
     header = read_header(newest_weights(path))
     if header["network"] != "DiT":
         raise ValueError(f"{path}: holds a {header['network']}, a DiT is needed: give stage 1 or 2")
+    if not header["config"]["cue_channels"]:
+        raise ValueError(f"{path}: holds a backbone, which knows no cues: give stage 1 or 2")
     if (width := header["config"]["text_dim"]) != text_dim:
         raise ValueError(
             f"{path}: reads text states {width} wide, these are {text_dim}: give the backbone it was trained on"

@@ -22,7 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import budget
@@ -37,6 +37,8 @@ class Ranks:
 
     def __init__(self, device: str | None):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on another rank's card
         self.device, self.dtype, self.reason = pick_device(device)
         if self.device.type == "mps":
             raise ValueError("--device mps: losses are summed in float64, which Apple's GPUs lack: use --device cpu")
@@ -54,6 +56,14 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(value)
         return value
+
+    def least(self, number: float | None) -> float | None:
+        """The smallest of all ranks' numbers, so that what follows from it is the same on all."""
+        if self.count == 1 or number is None:
+            return number
+        smallest = torch.tensor(float(number), dtype=torch.float64, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return smallest.item()
 
     def count_all(self, number: int) -> int:
         return int(self.sum(torch.tensor(number, device=self.device)))
@@ -126,6 +136,9 @@ def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
     try:
         yield
     finally:
+        for part in model.modules():  # --shard optimizer: a forward pass without a backward leaves whole weights behind
+            if isinstance(part, FSDPModule):
+                part.reshard()
         swap()
 
 
@@ -183,11 +196,18 @@ class Saver:
         try:
             for name, state in weights.items():
                 save_weights(part / f"{name}.safetensors", model, state=state, **header)
-            whole_state = {"optimizer": optimizer}
-            place = part / "optimizer"
-            dcp.save(whole_state, checkpoint_id=place, process_group=self.group, no_dist=self.group is None)
-        except (OSError, CheckpointException) as error:
+        except OSError as error:
             failure = error
+        if not self.count(failure is not None):  # else the others would wait in dcp.save
+            try:
+                dcp.save(
+                    {"optimizer": optimizer},
+                    checkpoint_id=part / "optimizer",
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+            except (OSError, CheckpointException) as error:
+                failure = error
         if self.count(failure is not None):
             if ranks.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)

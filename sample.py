@@ -293,8 +293,8 @@ def denoise(
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
         n = latents.shape[1]
-        first = 1 + start if ref_slot == "copy" else 0
-        index = torch.tensor([first, *range(1 + start, start + n)], device=device)
+        slot_0 = 1 + start if ref_slot == "copy" else 0
+        index = torch.tensor([slot_0, *range(1 + start, start + n)], device=device)
         at = torch.tensor([step], device=device)
         x = torch.cat([latents, image_condition(image, n)], dim=2)
         states = text if first <= step <= last else text[:1]

@@ -123,6 +123,8 @@ def parse_args(argv=None):
     if args.window % 2 == 0 or args.window < 3:
         parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, 4 or more: "
                      f"use {max(args.window - 1, 3)} or {max(args.window + 1, 5)}")
+    if args.keep < 0:
+        parser.error(f"--keep {args.keep}: give 0, which keeps all, or more")
     if not 0 <= args.ema < 1 or args.clip <= 0:
         parser.error(f"--ema {args.ema:g} --clip {args.clip:g}: give 0 <= EMA < 1 and CLIP > 0")
     if args.stage == "vae" and args.preset == "cogvideox1.5-5b":
@@ -415,20 +417,27 @@ def sample_strip(model: DiT, vae: CausalVAE, clips: data.Clips, ranks: Ranks, au
     output = ddim(velocity, batch["noise"], Schedule(), steps)
     if ranks.rank:
         return None
-    vae = vae.to(ranks.device)
+    vae = vae.to(ranks.device)  # for as long as the strip takes, a clip at a time: a GPU in training has little room
 
     def pictures(latents: Tensor) -> np.ndarray:
         """(count, f, 16, h, w) -> the first, middle and last frame side by side, (count, H, 3 W, 3) uint8."""
-        video = data.to_picture(vae.decode(latents[:, :, :16].float() / vae.config.scaling_factor))
+        latents = latents[:, :, :16].float() / vae.config.scaling_factor
+        video = np.concatenate([data.to_picture(vae.decode(z[None])) for z in latents])
         return np.concatenate([video[:, 0], video[:, video.shape[1] // 2], video[:, -1]], axis=2)
 
     columns = [pictures(z[:, 1:]) for z in (pose, output, batch["latents"]) if z is not None]
     reference = pictures(batch["latents"][:, :1])[:, :, : columns[0].shape[2] // 3]
+    vae.to("cpu")
     return np.concatenate([np.concatenate(row) for row in ([reference, *columns])], axis=1)
 
 
 def load_strip_vae(path: Path) -> CausalVAE:
-    return load_vae(path) if (path / "vae").is_dir() else load_weights(path)[0].eval()
+    """CogVideoX's in bfloat16 and in tiles, ours as it is."""
+    if not (path / "vae").is_dir():
+        return load_weights(path)[0].eval()
+    vae = load_vae(path, torch.bfloat16)
+    vae.tile(True)
+    return vae
 
 
 def plot_losses(run: Path) -> None:
@@ -496,7 +505,7 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
         return budget.memory(*state, master.itemsize, compute.itemsize)
 
     here = ranks.count, args.batch, args.checkpointing
-    room = budget.capacity(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    room = ranks.least(budget.capacity(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     needed = lambda *setting: sum(parts(*setting).values())  # noqa: E731
     if args.shard is None:
         modes = ("none", "optimizer", "full") if ranks.count > 1 else ("none",)
@@ -630,11 +639,11 @@ def train(args) -> None:
                 f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
                 f"{used} | {waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
             )
+        if done % args.save_every == 0 or done == args.steps:
+            saver.save(done, model, ema, optimizers)
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with torch.compiler.set_stance("force_eager"):  # other batch sizes, seldom: not worth a compilation
                 report(args, done, objective, ema, shown, strip_vae, ranks, autocast, master, log)
-        if done % args.save_every == 0 or done == args.steps:
-            saver.save(done, model, ema, optimizers)
     saver.finish()
     if ranks.count > 1:
         dist.destroy_process_group()

@@ -116,6 +116,24 @@ def test_guidance_1_is_the_prompt_alone_and_batched_guidance_is_the_formula(exam
     assert torch.allclose(unguided, torch.full_like(latents, -0.2), atol=1e-6)
 
 
+def test_guidance_is_for_its_interval_of_the_steps_only(example):
+    """Two steps, 999 and 499: how many branches run in each. Catches a bound that is ignored."""
+    import torch
+
+    branches = []
+
+    def dit(x, step, text, pose, face):
+        branches.append(len(text))
+        return x[:, :, :16]
+
+    cue, image, text = torch.zeros(1, 4, 17, 2, 2), torch.zeros(1, 16, 2, 2), torch.zeros(2, 3, 5)
+    _, args = sample.parse_args(arguments(example, "--sampler", "ddim", "--steps", 2, "--guidance", 3, masks=None))
+    for args.guidance_interval, expected in (((0, 1), [2, 2]), ((0, 0.5), [2, 1]), ((0.5, 1), [1, 2])):
+        branches.clear()
+        sample.denoise(args, dit, "cpu", text, image, cue, cue, 13)
+        assert branches == expected, args.guidance_interval
+
+
 def test_a_second_run_on_the_same_files_looks_for_nobody(example, tmp_path, monkeypatch):
     """Masks and prompt states are remembered; another option or file, and they are made anew."""
     run(example, "-o", tmp_path / "a.mp4", "--cache", tmp_path / "cache")
@@ -297,7 +315,8 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     assert "cut.mp4" in mistake(example, "-o", out, drive=tmp_path / "cut.mp4")
     assert "steps" in mistake(example, "-o", out, "--steps", 0)
-    for name, said in (("toy-vae", "holds a CausalVAE"), ("toy", "text states 64 wide, these are 32")):
+    wrong = {"toy-vae": "holds a CausalVAE", "toy": "text states 64 wide, these are 32", "toy-backbone": "knows no cues"}
+    for name, said in wrong.items():
         assert said in mistake(example, "-o", out, "--checkpoint", ROOT / f"assets/{name}.safetensors")
     (tmp_path / "model.pt").write_bytes(b"")
     assert "model.pt" in mistake(example, "-o", out, "--checkpoint", tmp_path / "model.pt")

@@ -273,6 +273,21 @@ def test_any_ranks_and_shards_equal_one_rank(
         assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12) for k in a) < 1e-9
 
 
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_reports_leave_sharded_weights_as_they_were(folder, tmp_path, ema):
+    """--shard optimizer keeps whole weights after a forward pass without a backward: checkpoints after it failed."""
+    held = shutil.copytree(folder, tmp_path / "data")
+    lines = [json.loads(line) for line in (held / "clips.jsonl").read_text().splitlines()]
+    lines = [line | {"split": "test" if k < 2 else "train"} for k, line in enumerate(lines)]
+    (held / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ["--steps", 2, "--save-every", 1, "--batch", 1, "--ema", ema, "--dtype", "float64"]
+    torchrun(2, arguments(held, tmp_path / "a", *common, "--shard", "optimizer", "--eval-every", 1))
+    torchrun(2, arguments(held, tmp_path / "b", *common, "--shard", "full"))
+    assert any("held_out" in line for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines())
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert all(torch.allclose(a[k], b[k], rtol=1e-9, atol=1e-15) for k in a)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("ranks, shard", [(1, "none"), (2, "none"), (2, "full")])
@@ -663,7 +678,7 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
         assert f"{flags[0]} is read by" in mistake(folder, tmp_path / "r", *flags, stage=stage)
     for flag, value in (("--batch", 0), ("--steps", -1), ("--log-every", 0), ("--accumulate", 0)):
         assert f"{flag}: {value}: give a whole number" in mistake(folder, tmp_path / "r", flag, value)
-    for flag, value in (("--window", 1), ("--ema", 1.5), ("--clip", 0)):
+    for flag, value in (("--window", 1), ("--ema", 1.5), ("--clip", 0), ("--keep", -1)):
         assert f"{flag} {value}" in mistake(folder, tmp_path / "r", flag, value)
     assert "nowhere" in mistake(folder, tmp_path / "r", "--vae", tmp_path / "nowhere", "--eval-every", 1), (
         "before step 1"
