@@ -442,7 +442,7 @@ def train_beside(setting: Setting, config: DiTConfig, slots: int, side: int, tex
     del batch["pose"], batch["face"]
     steps = {name: step_of(model, setting.device) for name, model in models.items()}
     times = setting.times({name: lambda step=step: step(batch) for name, step in steps.items()})
-    flops = budget.step_flops(config, budget.tokens(config, slots, side, side), text, 1, False, 0)
+    flops = budget.step_flops(config, budget.tokens(config, slots, side, side), text, 1, 0)
     figures = {"M parameters": budget.numbers(config) / 1e6} | speeds(setting, times, flops, setting.matmul)
     what, words = "step without cues: diffusers' time / ours", token_words(config, slots, side, text)
     return row(what, words, ratio(times), ">= 1.1", AUTOCAST, **figures)
@@ -484,7 +484,7 @@ def train_full_width(setting: Setting) -> Iterator[dict]:
         model = DiT(config)
     model.checkpointing = True
     step, batch = step_of(model, device), random_batch(config, slots, side, text, device, torch.float32)
-    flops = budget.step_flops(config, video, text, 1, False, 0)  # what is recomputed is no use of the GPU
+    flops = budget.step_flops(config, video, text, 1, 0)
     best = budget.peak_flops(torch.cuda.get_device_name(device)) or setting.matmul
     for mode in setting.modes(model.blocks):
         seconds = median(setting.times({"step": lambda: step(batch)})["step"])

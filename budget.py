@@ -18,16 +18,17 @@ import torch
 from model import DIT_PRESETS, DiT, DiTConfig
 
 GIB = 2**30
-PEAK = {
+PEAK = {  # dense bfloat16 FLOP/s, by a part of the GPU's name; the first that fits counts
+    "B200": 2250e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
-    "L40": 362e12,
+    "L40S": 362e12,
+    "L40": 181e12,
     "4090": 165e12,
-}  # dense bfloat16 FLOP/s
-MFU = 0.40  # share of the peak that an expected time assumes
+}
+MFU = 0.30  # share of the peak that an expected time assumes; what is recomputed counts as no use, so it can reach 3/4
 KEPT_TOKEN, KEPT_CUE = 24, 6  # numbers of width D that autograd keeps of a token in a block, and of its cues
-PASSING = 10  # those that come and go in the backward pass of one block, mostly the feed-forward's hidden layer
 
 
 # ---- tokens and FLOPs ----------------------------------------------------------------------------------------------
@@ -53,12 +54,10 @@ def forward_flops(config: DiTConfig, video: int, text: int, depth: int | None = 
     return (config.depth if depth is None else depth) * block + ends
 
 
-def step_flops(
-    config: DiTConfig, video: int, text: int, samples: int, checkpointing: bool, teacher_depth: int
-) -> float:
-    """Forward, twice that backward, once more if recomputed, and the teacher's first blocks; of `samples` samples."""
-    own = forward_flops(config, video, text) * (4 if checkpointing else 3)
-    return samples * (own + (forward_flops(config, video, text, teacher_depth) if teacher_depth else 0))
+def step_flops(config: DiTConfig, video: int, text: int, samples: int, teacher_depth: int) -> float:
+    """Forward, twice that backward, and the teacher's first blocks, of `samples` samples; recomputing is not counted."""
+    teacher = forward_flops(config, video, text, teacher_depth) if teacher_depth else 0
+    return samples * (3 * forward_flops(config, video, text) + teacher)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def peak_flops(name: str) -> float | None:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def table(config: DiTConfig, video: int, text: int, align_depth: int, gpu: str = "H100", accumulate: int = 1) -> str:
+def table(config: DiTConfig, video: int, text: int, align_depth: int, gpu: str = "H100") -> str:
     """Markdown: GiB a rank and expected seconds a step for both stages, batch 1 a rank, checkpointing."""
     lines = [
         "| GPUs | --shard | stage 1, GiB | stage 2, GiB | samples a step | s a step, stage 1 | stage 2 |",
@@ -165,11 +164,8 @@ def table(config: DiTConfig, video: int, text: int, align_depth: int, gpu: str =
             for depth in (0, align_depth):
                 parts = memory(config, ranks, shard, False, depth, video, text, 1, True)
                 row.append(f"{sum(parts.values()) / GIB:.1f}")
-            row.append(str(ranks * accumulate))
-            row += [
-                f"{step_flops(config, video, text, accumulate, True, d) / (PEAK[gpu] * MFU):.1f}"
-                for d in (0, align_depth)
-            ]
+            row.append(str(ranks))
+            row += [f"{step_flops(config, video, text, 1, d) / (PEAK[gpu] * MFU):.1f}" for d in (0, align_depth)]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 

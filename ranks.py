@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import budget
+from data import write_text
 from load_cogvideox import checkpoints, load_weights, pick_device, save_weights
 from model import DiT
 
@@ -65,6 +66,13 @@ class Ranks:
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
         return smallest.item()
 
+    def agree(self, value):
+        """The first rank's value, on all ranks."""
+        box = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
     def count_all(self, number: int) -> int:
         return int(self.sum(torch.tensor(number, device=self.device)))
 
@@ -94,8 +102,9 @@ def shard(source: nn.Module, full: bool, ranks: Ranks, compute, master) -> nn.Mo
     with torch.device("meta"):
         model = DiT(source.config).to(master)
     mixed = MixedPrecisionPolicy(compute, reduce_dtype=master, cast_forward_inputs=False)  # RoPE stays float32
+    mesh = ranks.mesh
     for part in [*model.blocks, model]:
-        fully_shard(part, mesh=ranks.mesh, mp_policy=mixed, reshard_after_forward=full)
+        fully_shard(part, mesh=mesh, mp_policy=mixed, reshard_after_forward=full)
     model.to_empty(device=ranks.device)
     copy_parameters(model, dict(source.named_parameters()))
     return model
@@ -236,26 +245,34 @@ def save_error(run: Path, model: nn.Module, ema: bool, failure: BaseException | 
     )
 
 
-def load_checkpoint(args, ranks: Ranks, model, ema, optimizers: list) -> int:
-    """Fill everything from the run folder's newest checkpoint; returns its step, 0 if there is none."""
-    found = checkpoints(args.output)
-    if not found:
-        return 0
-    weights, header = load_weights(found[-1] / "model.safetensors", config=model.config)
+def read_settings(run: Path) -> dict | None:
+    """What the run was started with, None if that is not known."""
+    try:
+        return json.loads((run / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def load_checkpoint(folder: Path, args, ranks: Ranks, model, ema, optimizers: list) -> int:
+    """Fill everything from a checkpoint of the run; returns its step."""
+    weights, header = load_weights(folder / "model.safetensors", config=model.config)
     if header["stage"] != args.stage:
         raise ValueError(f"{args.output} is a run of stage {header['stage']}: give another -o to stage {args.stage}")
     copy_parameters(model, dict(weights.named_parameters()))
     if ema:
-        averaged, _ = load_weights(found[-1] / "ema.safetensors", config=model.config)
+        averaged, _ = load_weights(folder / "ema.safetensors", config=model.config)
         with swapped(model, ema):
             copy_parameters(model, dict(averaged.named_parameters()))
     state = {"optimizer": get_optimizer_state_dict(model, optimizers)}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     asked = [(group["rate"], group["weight_decay"]) for group in groups]
     try:
-        dcp.load(state, checkpoint_id=found[-1] / "optimizer", no_dist=ranks.count == 1)
-    except CheckpointException:
-        raise ValueError(f"{found[-1]} is not of --optimizer {args.optimizer}: give the other one") from None
+        dcp.load(state, checkpoint_id=folder / "optimizer", no_dist=ranks.count == 1)
+    except CheckpointException as error:
+        if "Missing key" in str(error):
+            raise ValueError(f"{folder} is not of --optimizer {args.optimizer}: give the other one") from None
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{folder}: cannot be read ({reason}): remove it, to go on from the one before") from None
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
     for group, (rate, weight_decay) in zip(groups, asked):  # this run's flags, not those of the run before
         group["rate"], group["weight_decay"] = rate, weight_decay
@@ -267,4 +284,4 @@ def rewind_log(run: Path, start: int) -> None:
     path = run / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole_lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-    path.write_text("".join(line for line in whole_lines if json.loads(line)["step"] <= start))
+    write_text(path, "".join(line for line in whole_lines if json.loads(line)["step"] <= start))

@@ -18,12 +18,12 @@ number of ranks.
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -168,11 +168,9 @@ from load_cogvideox import (  # noqa: E402
 )
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
-from ranks import Ranks, Saver, load_checkpoint, rewind_log, shard, swapped  # noqa: E402
+from ranks import Ranks, Saver, load_checkpoint, read_settings, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
-
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # what a checkpoint of a single process says
 
 
 # ---- objectives: a batch in, named losses out ----------------------------------------------------------------------
@@ -474,9 +472,11 @@ def to_device(batch: dict, device, dtype) -> dict:
 def open_data(args, ranks: Ranks):
     """(training samples, samples for the reports or None). The drawn world is drawn first, if nobody did."""
     if args.stage == "vae":
-        return data.Pictures(args), None
+        return (None if args.dry_run else data.Pictures(args)), None
     if args.preset == "toy" and args.data == TOY_DATA and not (args.data / "clips.jsonl").exists():
         ranks.print(f"{args.data}: drawing and encoding the toy clips, once (python data.py toy)")
+        if args.dry_run:
+            return None, None
         if ranks.rank == 0:
             data.make_toy(data.parse_args(["toy", "-o", str(args.data)])[1])
         ranks.wait()
@@ -492,12 +492,22 @@ def open_data(args, ranks: Ranks):
     return clips, shown
 
 
-def plan(args, clips, ranks: Ranks, compute, master) -> float:
-    """Print tokens, FLOPs and bytes, choose --shard if nobody did, refuse what cannot fit -> FLOPs of this rank's step."""
-    shapes = {name: t.shape for name, t in clips.batch(0, [0], 1).items()}
-    (_, slots, _, h, w), text = shapes["latents"], shapes["text"][1]
+def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Callable[[dict], float]:
+    """Print tokens, FLOPs and bytes of the largest bucket, choose --shard if nobody did, refuse what cannot fit.
+
+    clips: None for those of the drawn world, when they are yet to be drawn. Returns the FLOPs of a batch.
+    """
     config = replace(dit_config(args), **{"cue_channels": 0} if args.stage == "0" else {})
-    video = budget.tokens(config, slots, h, w)
+    (height, width, latents), (text, text_dim) = (data.TOY_SIZE, data.TOY_SIZE, args.window), data.TOY_TEXT
+    if clips:
+        height, width, latents = max(clips.buckets, key=math.prod)
+        text, text_dim = clips.batch(0, [0], 1)["text"].shape[1:]
+    if text_dim != config.text_dim:
+        raise ValueError(
+            f"{args.data}: texts of {text_dim} numbers a token, --preset {args.preset} reads {config.text_dim}: "
+            "give the preset that the folder was prepared with"
+        )
+    video = budget.tokens(config, 1 + latents, height // 8, width // 8)
     teacher = args.align_depth if args.stage == "2" and args.s2x_weight else 0
 
     def parts(shard, count, batch, checkpointing) -> dict:
@@ -515,7 +525,7 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
         raise ValueError(
             f"--shard {args.shard} needs ranks to share with: torchrun --nproc_per_node 2 or more, or --shard none"
         )
-    flops = budget.step_flops(config, video, text, args.batch * args.accumulate, args.checkpointing, teacher)
+    flops = budget.step_flops(config, video, text, args.batch * args.accumulate, teacher)
     ranks.print(
         f"{budget.numbers(config):,} parameters, {video:,} video and {text} text tokens a sample, "
         f"{flops / 1e12:,.3g} TFLOP a step and rank"
@@ -527,31 +537,39 @@ def plan(args, clips, ranks: Ranks, compute, master) -> float:
         raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
     if peak := ranks.peak():
         ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")
-    return flops
+
+    def flops_of(batch: dict) -> float:
+        count, slots, _, h, w = batch["latents"].shape
+        return budget.step_flops(config, budget.tokens(config, slots, h, w), text, count, teacher)
+
+    return flops_of
 
 
 def train(args) -> None:
+    settings = {
+        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
+    }  # as given: plan fills in --shard
     ranks, run = Ranks(args.device), args.output
     if ranks.device.type == "cpu":
         keep_freed_memory()
+    newest, same = ranks.agree((next(iter(checkpoints(run)[-1:]), None), read_settings(run) == settings))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
+    if newest and not (args.resume or restarted and same or args.dry_run):
+        raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
     compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     clips, shown = open_data(args, ranks)
-    flops = 0.0 if args.stage == "vae" else plan(args, clips, ranks, compute, master)
+    flops_of = (lambda batch: 0.0) if args.stage == "vae" else plan(args, clips, ranks, compute, master)
     if args.compile and ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise ValueError("--compile needs a C++ compiler on a CPU: install g++, name one in CXX, or drop --compile")
     G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
     ranks.print(
-        f"stage {args.stage}, preset {args.preset}: {len(clips)} clips, {G} samples a step on {ranks.count} x "
+        f"stage {args.stage}, preset {args.preset}: {len(clips or ())} clips, {G} samples a step on {ranks.count} x "
         f"{ranks.device.type}, {str(compute).removeprefix('torch.')} ({ranks.reason})"
     )
     if args.dry_run:
         return
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
-    resume = args.resume or restarted
-    if checkpoints(run) and not resume:
-        raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
     strip_vae = load_strip_vae(args.vae) if args.vae and args.eval_every and args.stage != "vae" else None
 
     model = build(args)
@@ -574,11 +592,10 @@ def train(args) -> None:
     optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    start = load_checkpoint(args, ranks, model, ema, optimizers) if resume else 0
+    start = load_checkpoint(newest, args, ranks, model, ema, optimizers) if newest else 0
     saver = Saver(args, ranks, args.async_save if args.async_save is not None else ranks.device.type == "cuda")
     if ranks.rank == 0:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        (run / "config.json").write_text(json.dumps(settings, indent=1))
+        data.write_text(run / "config.json", json.dumps(settings, indent=1))
         rewind_log(run, start)
 
     def log(record: dict) -> None:
@@ -592,7 +609,7 @@ def train(args) -> None:
                 first = (k * ranks.count + ranks.rank) * args.batch
                 yield step, k, clips.batch(step, range(first, first + args.batch), G)
 
-    meter, began, waited = Meter(ranks.device), time.perf_counter(), 0.0
+    meter, began, waited, flops = Meter(ranks.device), time.perf_counter(), 0.0, 0.0
     batches = data.prefetched(micro_batches())
     while True:
         before = time.perf_counter()
@@ -609,6 +626,7 @@ def train(args) -> None:
             loss = total_loss(losses, args)
             (loss / args.accumulate).backward()
         meter.add(losses, batch.get("step"))
+        flops += flops_of(batch)
         if not last:
             continue
 
@@ -634,7 +652,11 @@ def train(args) -> None:
             record |= {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)}
             log(record | {"skipped_samples": ranks.count_all(getattr(clips, "skipped", 0))})
             words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
-            used = f"MFU {flops * rate / ranks.peak():.0%}" if ranks.peak() else f"{flops * rate / 1e12:.3g} TFLOP/s"
+            used = (
+                f"MFU {flops / elapsed / peak:.0%}"
+                if (peak := ranks.peak())
+                else f"{flops / elapsed / 1e12:.3g} TFLOP/s"
+            )
             ranks.print(
                 f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
                 f"{used} | {waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"

@@ -533,7 +533,20 @@ def test_two_real_clips_are_learned_by_heart_in_both_stages(assets, tmp_path):
     assert run("add-pseudo", folder, "--augment", 1, "--device", "cpu")[0] == 0
     assert run("check", folder)[0] == 0
     for stage, extra in (("1", []), ("2", ["--teacher", tmp_path / "stage1"])):
-        common = ["--stage", stage, "--preset", "toy", "--data", folder, "--steps", 600, "--eval-every", 600, "--ema", 0.98]
+        common = [
+            "--stage",
+            stage,
+            "--preset",
+            "toy",
+            "--data",
+            folder,
+            "--steps",
+            600,
+            "--eval-every",
+            600,
+            "--ema",
+            0.98,
+        ]
         _, args = train.parse_args([str(w) for w in [*common, "-o", tmp_path / f"stage{stage}", *extra]])
         train.train(args)
         strip = read_image(tmp_path / f"stage{stage}" / "samples-0000600.png").astype(float)

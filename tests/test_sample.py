@@ -315,7 +315,11 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
     assert "cut.mp4" in mistake(example, "-o", out, drive=tmp_path / "cut.mp4")
     assert "steps" in mistake(example, "-o", out, "--steps", 0)
-    wrong = {"toy-vae": "holds a CausalVAE", "toy": "text states 64 wide, these are 32", "toy-backbone": "knows no cues"}
+    wrong = {
+        "toy-vae": "holds a CausalVAE",
+        "toy": "text states 64 wide, these are 32",
+        "toy-backbone": "knows no cues",
+    }
     for name, said in wrong.items():
         assert said in mistake(example, "-o", out, "--checkpoint", ROOT / f"assets/{name}.safetensors")
     (tmp_path / "model.pt").write_bytes(b"")

@@ -591,6 +591,25 @@ def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothin
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_a_restart_goes_on_with_its_own_run_and_with_no_other(folder, tmp_path, monkeypatch):
+    """A folder that the first attempt refused is refused by torchrun's second; ours is resumed without a word."""
+    run = run_training(folder, tmp_path / "run", "--steps", 2, "--save-every", 1)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "holds a run" in mistake(folder, run, "--steps", 2, "--save-every", 1, "--seed", 5)
+    (run / "step-0000002").rename(tmp_path / "lost")
+    run_training(folder, run, "--steps", 2, "--save-every", 1)
+    assert (run / "step-0000002" / "model.safetensors").read_bytes() == (
+        tmp_path / "lost" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(folder, tmp_path):
+    run = run_training(folder, tmp_path / "run", "--steps", 1)
+    (run / "step-0000001" / "optimizer" / ".metadata").write_bytes(b"")
+    said = mistake(folder, run, "--steps", 2, "--resume")
+    assert "step-0000001: cannot be read" in said and "optimizer adamw" not in said
+
+
 # ---- data faults and buckets ---------------------------------------------------------------------------------------
 
 
@@ -629,8 +648,9 @@ def test_damaged_clips_are_named_counted_and_replaced(folder, tmp_path, capsys):
     assert "check" in mistake(broken, tmp_path / "r", "--teacher", teacher, stage="2")
 
 
-def test_a_step_sees_one_bucket_and_an_epoch_every_clip(folder, tmp_path):
-    """Two sizes, 4 and 2 clips, batches of 2: three steps an epoch; every clip once, never two sizes in a step."""
+@pytest.fixture
+def mixed(folder, tmp_path):
+    """A data folder of two sizes: 2 training clips of 48x16, 4 of 48x32."""
     mixed = shutil.copytree(folder, tmp_path / "data")
     lines = [json.loads(line) for line in (mixed / "clips.jsonl").read_text().splitlines()]
     for line in lines[:2]:
@@ -642,6 +662,24 @@ def test_a_step_sees_one_bucket_and_an_epoch_every_clip(folder, tmp_path):
         save_file({k: v.contiguous() for k, v in tensors.items()}, path)
         line["width"] = 16
     (mixed / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return mixed
+
+
+def test_the_plan_is_made_for_the_largest_clips(mixed, tmp_path, capsys):
+    for seed in range(4):  # which say what step 0 sees
+        run_training(mixed, tmp_path / "run", "--dry-run", "--seed", seed)
+        assert "18 video" in capsys.readouterr().out, "6 slots of 6x4 latents in patches of 2x2x2"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_the_drawn_world_draws_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.train(train.parse_args(["--preset", "toy", "--dry-run", "--device", "cpu"])[1])
+    assert "432 video" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_step_sees_one_bucket_and_an_epoch_every_clip(mixed, tmp_path):
+    """Two sizes, 4 and 2 clips, batches of 2: three steps an epoch; every clip once, never two sizes in a step."""
     _, args = train.parse_args(arguments(mixed, tmp_path))
     clips = train.data.Clips(mixed, args, 0.7)
     for epoch in range(3):
@@ -683,6 +721,10 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "nowhere" in mistake(folder, tmp_path / "r", "--vae", tmp_path / "nowhere", "--eval-every", 1), (
         "before step 1"
     )
+    narrow = shutil.copytree(folder, tmp_path / "narrow")
+    for path in narrow.glob("cache/*.safetensors"):
+        save_file(load_file(path) | {"text": torch.zeros(4, 16)}, path)
+    assert "texts of 16 numbers a token, --preset tiny reads 32" in mistake(narrow, tmp_path / "r")
     assert "holds a run" in mistake(folder, teacher), "whose checkpoints would be deleted as the oldest"
     other = tmp_path / "other.safetensors"
     save_weights(other, DiT(DIT_PRESETS["toy"]), preset="toy", stage="1", step=1)
