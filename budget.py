@@ -28,6 +28,7 @@ PEAK = {  # dense bfloat16 FLOP/s, by a part of the GPU's name; the first that f
     "4090": 165e12,
 }
 MFU = 0.30  # share of the peak that an expected time assumes; what is recomputed counts as no use, so it can reach 3/4
+SAMPLING_TOKEN = 14  # numbers of width D that live at once of a token when nothing is kept
 KEPT_TOKEN, KEPT_CUE = 24, 6  # numbers of width D that autograd keeps of a token in a block, and of its cues
 
 
@@ -111,15 +112,22 @@ def memory(config, ranks, shard, ema, teacher_depth, video, text, batch, checkpo
     return state_bytes(config, ranks, shard, ema, teacher_depth, master, compute) | working
 
 
+def sampling_bytes(config: DiTConfig, video: int, text: int, branches: int, compute=2) -> int:
+    """What a forward pass over `branches` samples needs beside the weights, when no gradient is asked for."""
+    return SAMPLING_TOKEN * config.dim * (video + text) * branches * compute
+
+
 def describe(parts: dict) -> str:
     words = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value)
     return f"{sum(parts.values()) / GIB:.1f} GiB a rank: {words}"
 
 
 def capacity(device: torch.device, ranks_here: int) -> float | None:
-    """Bytes that one rank may fill: its GPU, or its share of the free RAM; None where the system does not say."""
+    """Bytes that one rank may still fill: of its GPU, or its share of the free RAM; None where the system does not say."""
     if device.type == "cuda":
-        return 0.94 * torch.cuda.mem_get_info(device)[1]  # the rest is CUDA's own, and fragments
+        free = torch.cuda.mem_get_info(device)[0]  # others may be on this card too
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 0.94 * (free + reusable)  # the rest is CUDA's own, and fragments
     try:
         with open("/proc/meminfo") as file:
             free = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))

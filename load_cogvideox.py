@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -126,6 +127,12 @@ def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[to
             f"this CPU {'has' if fast else 'lacks'} bfloat16 instructions",
         )
     return chosen, torch.float32, f"the safe format on {chosen.type}"
+
+
+def check_compiler(device: torch.device) -> None:
+    """torch.compile writes C++ for a CPU; without a compiler it would fail at the first step."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler on a CPU: install g++, name one in CXX, or drop --compile")
 
 
 def keep_freed_memory() -> None:

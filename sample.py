@@ -1,8 +1,7 @@
 """Animate the person of a picture with the motion of a driving video (paper Fig. 2a).
 
     python sample.py                                      # the drawn example, by the small model that comes with the code
-    python sample.py photo.jpg dance.mp4 --backbone CogVideoX1.5-5B-I2V --checkpoint directanimator.safetensors -o
-    out.mp4
+    python sample.py photo.jpg dance.mp4 --backbone CogVideoX1.5-5B-I2V --checkpoint directanimator.safetensors
 
 The steps, one network in memory at a time: find the person and the face in every driving frame (cues.py); text to T5
 states; reference and cues to VAE latents; noise to latents with the DiT; latents to video. Every driving frame gives
@@ -61,7 +60,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) SDE, or deterministic DDIM")
     add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
         help="part of the steps that is guided; elsewhere the null branch is not run (default: 0 1)")
-    add("--sequential", action="store_true", help="run the two guidance branches one after the other: less memory")
+    add("--sequential", action=argparse.BooleanOptionalAction,
+        help="run the two guidance branches one after the other: less memory (default: where both do not fit)")
     add("--steps", type=int, help="denoising steps (default: 50)")
     add("--fast", action="store_true", help="20 steps")
     add("--seed", type=int, default=0, help="of all noise; the same on every device")
@@ -114,6 +114,7 @@ import finder  # noqa: E402
 from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
+    check_compiler,
     check_dit,
     dit_config,
     load_text_encoder,
@@ -143,7 +144,12 @@ def text_encoder(args, dtype):
     except FileNotFoundError as error:
         print(f"No tokenizer, so the text is null ({error})")
         tokenizer = None
-    return tokenizer, load_text_encoder(args.backbone, dtype)
+    return tokenizer, load_text_encoder(args.backbone, stored(args, dtype))
+
+
+def stored(args, dtype):
+    """None, the file's own dtype, where blocks stay memory-mapped: a cast of all of them would be a copy in memory."""
+    return None if args.offload else dtype
 
 
 def vae(args, dtype, device, size) -> CausalVAE:
@@ -167,14 +173,14 @@ def vae(args, dtype, device, size) -> CausalVAE:
 def transformer(args, dtype) -> tuple[DiT, dict]:
     """The DiT, and how it was trained: how many latents it saw at once (the window of long clips), and what slot 0 held."""
     if args.checkpoint:
-        network, header = load_weights(args.checkpoint, dtype)
+        network, header = load_weights(args.checkpoint, stored(args, dtype))
         print(f"{args.checkpoint}: stage {header.get('stage')}, step {header.get('step')}")
         return network.eval(), {name: header[name] for name in ("window", "ref_slot") if name in header}
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
         return random_weights(DiT, DIT_PRESETS[args.preset], dtype), {}
     print("No --checkpoint: CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion.")
-    return load_transformer(args.backbone, dtype).eval(), {}
+    return load_transformer(args.backbone, stored(args, dtype)).eval(), {}
 
 
 def random_weights(network_class, config, dtype):
@@ -185,19 +191,19 @@ def random_weights(network_class, config, dtype):
     return network.to(dtype).eval()
 
 
-def place(args, network: nn.Module, device) -> nn.Module:
-    """Move a network to the device: all of it, or with --offload everything but its blocks, each of which is there only while it
-    runs and waits, memory-mapped, in its file."""
+def place(args, network: nn.Module, device, dtype) -> nn.Module:
+    """Move a network to the device: all of it, or with --offload everything but its blocks, each of which is there, in
+    this dtype, only while it runs, and waits, memory-mapped, in its file."""
     if not args.offload:
         return network.to(device)
     for child in network.children():
         if child is not network.blocks:
-            child.to(device)
+            child.to(device, dtype)
     homes = {p: p.data for p in network.blocks.parameters()}
 
     def fetch(block, inputs):
         for p in block.parameters():
-            p.data = p.data.to(device, non_blocking=True)
+            p.data = p.data.to(device, dtype, non_blocking=True)
 
     def release(block, inputs, output):
         for p in block.parameters():
@@ -256,7 +262,7 @@ def encode_text(args, device, dtype) -> Tensor:
     tokenizer, t5 = text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
         raise ValueError("--prompt needs the tokenizer: spiece.model in the backbone's tokenizer folder")
-    t5 = place(args, t5, device)
+    t5 = place(args, t5, device, dtype)
     text = torch.cat([t5((tokenizer([p]) if p else empty_prompt()).to(device)) for p in prompts])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_cache({"text": text.cpu()}, path)
@@ -272,6 +278,22 @@ def encode(args, vae: CausalVAE, device, reference, own, frames) -> tuple[Tensor
     drive = encode_cues(vae, padded(frames), device, scale)
     pose, face = (torch.cat(pair, dim=1) for pair in zip(own, drive))
     return image.cpu(), pose, face
+
+
+def one_by_one(args, config, device, pose: Tensor, text: Tensor, window: int, dtype) -> bool:
+    """Whether guidance branches run one after the other: as --sequential says, else where both do not fit."""
+    slots, (h, w) = min(1 + window, pose.shape[1]), pose.shape[-2:]
+    video = budget.tokens(config, slots, h, w)
+    needed, room = (
+        budget.sampling_bytes(config, video, text.shape[1], len(text), dtype.itemsize),
+        budget.capacity(device, 1),
+    )
+    too_large = len(text) > 1 and room is not None and needed > room
+    if too_large and args.sequential is None:
+        print(
+            f"--sequential: both guidance branches would take {needed / budget.GIB:.1f} of {room / budget.GIB:.1f} GiB"
+        )
+    return too_large if args.sequential is None else args.sequential
 
 
 @torch.inference_mode()
@@ -374,6 +396,8 @@ def animate(args) -> None:
         check_dit(args.checkpoint, width.text_dim)
     device, dtype, reason = pick_device(args.device, args.dtype)
     print(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}")
+    if args.compile:
+        check_compiler(device)
 
     picture = read_image(args.reference)
     source = Video(args.drive, fps=args.fps)
@@ -398,9 +422,10 @@ def animate(args) -> None:
     image, pose, face = encode(args, network, device, reference, own_row, drive)
     del network
     network, trained = transformer(args, dtype)
-    network = place(args, network, device)
+    network = place(args, network, device, dtype)
     if args.compile:
         network.compile()
+    args.sequential = one_by_one(args, network.config, device, pose, text, trained.get("window", 13), dtype)
     latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
     del network
     network = vae(args, dtype, device, reference.shape[:2])
@@ -429,6 +454,9 @@ def main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         animate(args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        parser.exit(2, f"{parser.prog}: {reason} Use --offload, --tile, --sequential or a smaller --area\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: stopped; no half-written file is left\n")
 

@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -159,6 +158,7 @@ import budget  # noqa: E402
 import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
 from load_cogvideox import (  # noqa: E402
+    check_compiler,
     checkpoints,
     keep_freed_memory,
     load_transformer,
@@ -561,8 +561,8 @@ def train(args) -> None:
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     clips, shown = open_data(args, ranks)
     flops_of = (lambda batch: 0.0) if args.stage == "vae" else plan(args, clips, ranks, compute, master)
-    if args.compile and ranks.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler on a CPU: install g++, name one in CXX, or drop --compile")
+    if args.compile:
+        check_compiler(ranks.device)
     G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
     ranks.print(
         f"stage {args.stage}, preset {args.preset}: {len(clips or ())} clips, {G} samples a step on {ranks.count} x "
@@ -692,5 +692,8 @@ if __name__ == "__main__":
         export(ARGS.export, ARGS.output) if ARGS.export else train(ARGS)
     except (ValueError, OSError) as error:
         PARSER.exit(2, f"{PARSER.prog}: {error}\n")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        PARSER.exit(2, f"{PARSER.prog}: {reason} Use --checkpointing, a smaller --batch or --shard full\n")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,5 +1,6 @@
 """The arithmetic of budget.py against real tensors and counted multiplications."""
 
+import weakref
 from argparse import Namespace
 from dataclasses import replace
 
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import budget
@@ -102,6 +105,41 @@ def test_kept_activations_are_those_that_autograd_saves(monkeypatch):
     found = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in parameters)
     expected = 2 * D * (budget.KEPT_TOKEN * (N + text) + budget.KEPT_CUE * N)
     assert found == pytest.approx(expected, rel=0.03)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside the `with` held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in (t for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return made
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+
+def test_one_more_guidance_branch_takes_what_is_said():
+    """Peaks of real forward passes over two samples and over one; within 10 %."""
+    config, text = replace(DIT_PRESETS["toy"], dim=384, num_heads=6, depth=2), 20
+    network, cue, peaks = DiT(config).bfloat16(), torch.randn(1, 6, 17, 12, 12).bfloat16(), []
+    for branches in (1, 2):
+        x = torch.randn(branches, 6, 32, 12, 12).bfloat16()
+        with torch.inference_mode(), Live() as live:
+            network(x, torch.tensor([5]), torch.randn(branches, text, 64).bfloat16(), cue, cue)
+        peaks.append(live.peak)
+    video = budget.tokens(config, 6, 12, 12)
+    assert peaks[1] - peaks[0] == pytest.approx(budget.sampling_bytes(config, video, text, 1), rel=0.1)
 
 
 def test_stage_2_of_the_5b_model_fits_four_cards():

@@ -204,10 +204,40 @@ def test_offloaded_blocks_are_on_the_device_only_while_they_run(example):
     plain = dit(*inputs)
     homes = [p.data_ptr() for p in dit.blocks.parameters()]
     copies = []
-    placed = sample.place(args, dit, torch.device("cpu"))
+    placed = sample.place(args, dit, torch.device("cpu"), torch.float32)
     dit.blocks[0].register_forward_pre_hook(lambda block, _: copies.append(block))
     assert torch.equal(placed(*inputs), plain) and copies
     assert [p.data_ptr() for p in dit.blocks.parameters()] == homes
+
+
+def test_offloaded_blocks_are_cast_when_they_run_and_wait_as_they_are_in_their_file(example):
+    import torch
+
+    _, args = sample.parse_args(arguments(example, "--offload", masks=None))
+    half, waiting = (sample.random_weights(sample.DiT, sample.DIT_PRESETS["tiny"], torch.float32) for _ in range(2))
+    x, cue = torch.randn(1, 2, 32, 4, 4), torch.randn(1, 2, 17, 4, 4)
+    inputs = x, torch.tensor([5]), torch.randn(1, 3, 32), cue, cue
+    placed = sample.place(args, waiting, torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(placed(*inputs), half.bfloat16()(*inputs))
+    assert next(waiting.blocks.parameters()).dtype == torch.float32
+
+
+def test_guidance_branches_run_one_by_one_where_both_do_not_fit_unless_told(example, monkeypatch, capsys):
+    import torch
+
+    config, pose, text = sample.DIT_PRESETS["tiny"], torch.zeros(1, 4, 17, 12, 8), torch.zeros(2, 226, 32)
+    needed = 2 * 14 * 64 * (4 * 12 * 8 // 8 + 226) * 4  # 14 numbers of width 64, for every token of both branches
+
+    def sequential(room, *extra, text=text):
+        monkeypatch.setattr(sample.budget, "capacity", lambda device, ranks: room)
+        args = sample.parse_args(arguments(example, *extra))[1]
+        return sample.one_by_one(args, config, torch.device("cpu"), pose, text, 13, torch.float32)
+
+    assert sequential(needed - 1)
+    assert "--sequential: both guidance branches would take" in capsys.readouterr().out
+    assert not sequential(needed) and not sequential(None) and not sequential(1, text=text[:1])
+    assert not sequential(1, "--no-sequential") and sequential(needed, "--sequential")
+    assert not capsys.readouterr().out
 
 
 def test_the_vae_runs_in_tiles_where_it_does_not_fit_unless_told(example, monkeypatch, capsys):
@@ -301,6 +331,20 @@ def mistake(example, *extra, **files) -> str:
     sentence = stderr.getvalue().split("\r")[-1].strip()
     assert "Traceback" not in sentence
     return sentence.splitlines()[-1]
+
+
+def test_a_full_gpu_and_a_missing_compiler_are_said_in_a_sentence(example, tmp_path, monkeypatch, capsys):
+    import torch
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nand much more")
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "--compile needs a C++ compiler" in mistake(example, "-o", tmp_path / "a.mp4", "--compile")
+    monkeypatch.setattr(sample, "encode_text", full)
+    said = mistake(example, "-o", tmp_path / "a.mp4")
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB. Use --offload" in said and "more" not in said
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_user_mistakes_end_in_one_sentence(example, tmp_path):
