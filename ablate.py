@@ -89,25 +89,28 @@ class Pieces:
     # fmt: off
     def __init__(self, args):
         self.stages: tuple[dict, dict, dict, dict] = {}, {}, {}, {}
-        python, work = sys.executable, args.work
-        steps = ["--save-every", "500", "--eval-every", str(args.eval_every), "--device", "cpu", "--resume"]
-        steps += ["--compile"] * args.compile
+        python, work, (steps1, steps2) = sys.executable, args.work, args.steps
+        common = ["--preset", "toy", "--ema", "0.99", "--save-every", "500", "--device", "cpu", "--resume"]
+        common += ["--compile"] * args.compile
         for name, row in ((name, ROWS[name]) for name in args.rows):
-            folder = work / f"data-{slug(*row.looks, *row.data)}-{args.clips}"
-            self.stages[0][folder / "clips.jsonl"] = [
-                python, "data.py", "toy", "-o", folder, "--clips", args.clips, *row.looks, *row.data]
+            own, pairs = (work / f"data-{slug(*flags)}-{args.clips}" for flags in (row.looks, row.looks + row.data))
+            for folder, flags in ((own, row.looks), (pairs, row.looks + row.data)):  # stage 1 sees no pseudo cues
+                self.stages[0][folder / "clips.jsonl"] = [
+                    python, "data.py", "toy", "-o", folder, "--clips", args.clips, "--variants", "1", *flags]
             for seed in range(args.seeds):
-                trained = f"{slug(*row.looks, *row.data, *row.both)}-{args.clips}-{args.steps[0]}"
+                trained = f"{slug(*row.looks, *row.both)}-{args.clips}-{steps1}"
                 first = work / f"stage1-{trained}-{seed}"
-                second = work / f"stage2-{trained}-{slug(*row.second)}-{args.steps[1]}-{seed}"
+                second = work / f"stage2-{trained}-{slug(*row.data, *row.second)}-{steps2}-{seed}"
                 result = args.results / f"{name}-{seed}.json"
-                common = [python, "train.py", "--preset", "toy", "--data", folder, "--seed", seed, *steps, *row.both]
-                self.stages[1][first / f"step-{args.steps[0]:07d}"] = [
-                    *common, "--stage", "1", "-o", first, "--steps", args.steps[0]]
-                self.stages[2][second / f"step-{args.steps[1]:07d}"] = [
-                    *common, "--stage", "2", "-o", second, "--steps", args.steps[1], "--teacher", first, *row.second]
+                train = [python, "train.py", *common, "--seed", seed, *row.both]
+                self.stages[1][first / f"step-{steps1:07d}"] = [
+                    *train, "--stage", "1", "--data", own, "-o", first, "--steps", steps1, "--eval-every", steps1]
+                self.stages[2][second / f"step-{steps2:07d}"] = [
+                    *train, "--stage", "2", "--data", pairs, "-o", second, "--steps", steps2, "--eval-every", args.eval_every,
+                    "--teacher", first, *row.second]
                 self.stages[3][result] = [
-                    python, "judge.py", second, "--seeds", "1", "--pairs", args.pairs, "-o", result, *row.looks, *row.judge]
+                    python, "judge.py", second, "--seeds", "1", "--pairs", args.pairs, "--sampler", "ddim", "--steps", "10",
+                    "-o", result, *row.looks, *row.judge]
     # fmt: on
 
     def missing(self) -> int:
@@ -130,9 +133,9 @@ def run(args) -> None:
     pieces = Pieces(args)
     check_results(pieces.stages[3], args.pairs)
     data, *trainings, results = [sum(not target.exists() for target in stage) for stage in pieces.stages]
-    step = (0.27 if args.compile else 0.4) / 3600  # hours of one core
-    hours = sum(count * steps * step for count, steps in zip(trainings, args.steps)) / args.jobs
-    hours += data * args.clips * 1.2 / 3600 / os.cpu_count() + results * args.pairs * 2.5 / 3600 / args.jobs
+    seconds = sum(count * steps for count, steps in zip(trainings, args.steps)) * (0.7 if args.compile else 1.0)
+    seconds += results * args.pairs * 2.5  # all of one core
+    hours = (seconds / args.jobs + data * args.clips * 1.7 / os.cpu_count()) / 3600
     print(f"missing: {data} data folders, {sum(trainings)} trainings, {results} results: about {hours:.1f} h")
     bar = tqdm(total=pieces.missing(), desc="ablate", unit="piece")
     for stage in pieces.stages:
@@ -148,9 +151,9 @@ def check_results(results: dict[Path, list], pairs: int) -> None:
     for path, command in results.items():
         if path.exists():
             found = json.loads(path.read_text())
-            if (found["checkpoint"], found["pairs"]) != (str(command[2]), pairs):
+            if (found["checkpoint"], found["pairs"]) != (command[2].name, pairs):
                 made = f"{found['checkpoint']} and {found['pairs']} pairs"
-                raise ValueError(f"{path} is of {made}, not {command[2]} and {pairs}: take another --results")
+                raise ValueError(f"{path} is of {made}, not {command[2].name} and {pairs}: take another --results")
 
 
 def execute(work: Path, target: Path, command: list) -> None:
@@ -311,10 +314,10 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add = commands.add_parser("run", help="train and judge rows of the paper's tables", formatter_class=show).add_argument
     add("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     add("--seeds", type=int, default=3, help="trainings of each row")
-    add("--steps", type=int, nargs=2, default=(2000, 1600), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
-    add("--clips", type=int, default=800, help="training clips")
-    add("--pairs", type=int, default=64, help="pairs to judge a model by")
-    add("--eval-every", type=int, default=100, help="steps between held-out losses")
+    add("--steps", type=int, nargs=2, default=(1000, 800), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
+    add("--clips", type=int, default=500, help="training clips")
+    add("--pairs", type=int, default=32, help="pairs to judge a model by")
+    add("--eval-every", type=int, default=100, help="steps of stage 2 between held-out losses")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train.py --compile: needs a C++ compiler")
     add("--jobs", type=int, default=os.cpu_count(), help="pieces at a time, a core each")
     add("--work", type=Path, default=Path("runs/ablate"), help="folder for data and runs")

@@ -264,7 +264,7 @@ def score(args) -> dict:
             if seed == 0 and len(shown) < args.rows:
                 shown += zip(pairs, videos)
     answers = {name: summary(values) for name, values in rows.items() if values}
-    result = {name: header.get(name) for name in ("stage", "step")} | {"checkpoint": str(args.checkpoint)}
+    result = {name: header.get(name) for name in ("stage", "step")} | {"checkpoint": args.checkpoint.name}
     result |= {
         "pairs": args.pairs,
         "frames": args.frames,

@@ -27,6 +27,7 @@ def test_rows_that_differ_in_stage_2_alone_share_data_and_stage_1(tmp_path):
     assert [len(stage) for stage in plan(tmp_path, "full", "S8", "D2")] == [1, 2, 6, 6]
     assert [len(stage) for stage in plan(tmp_path, "full", "S4")] == [2, 4, 4, 4]
     assert [len(stage) for stage in plan(tmp_path, "full", "S1", "concat")] == [1, 6, 6, 6]
+    assert [len(stage) for stage in plan(tmp_path, "full", "unfiltered")] == [2, 2, 4, 4], "stage 1 sees no pseudo cues"
     assert [len(stage) for stage in plan(tmp_path, "full", "dark")] == [1, 2, 2, 4], "judged otherwise, trained alike"
 
 
@@ -59,12 +60,12 @@ def test_the_rows_of_the_papers_tables_are_all_there():
 def test_results_of_other_settings_do_not_pass_for_finished(tmp_path):
     """Neither those of --quick, which have folders of their own, nor those of other steps or pairs."""
     (target, command), *_ = plan(tmp_path, "full")[3].items()
-    target.write_text(json.dumps({"checkpoint": str(command[2]), "pairs": 64}))
+    target.write_text(json.dumps({"checkpoint": command[2].name, "pairs": 64}))
     ablate.check_results({target: command}, 64)
     with pytest.raises(ValueError, match="take another --results"):
         ablate.check_results({target: command}, 2)
     with pytest.raises(ValueError, match="take another --results"):
-        ablate.check_results({target: [*command[:2], "runs/other"]}, 64)
+        ablate.check_results({target: [*command[:2], tmp_path / "other"]}, 64)
 
 
 def test_a_failing_piece_names_its_command_and_log(tmp_path):
