@@ -47,7 +47,8 @@ class Ranks:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)
         if self.count > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=meeting_place(), rank=self.rank, world_size=self.count)
 
     @property
     def mesh(self):
@@ -87,6 +88,17 @@ class Ranks:
     def print(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
+
+
+def meeting_place() -> dist.Store:
+    """The key-value store where torchrun's ranks find each other, a corner of its own for each restart.
+
+    torchrun on one machine keeps its store over restarts, and with it the addresses of dead ranks: to reach one of
+    those is refused, or waited for. On several machines (--rdzv_backend c10d) each restart has a new store.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1  # each of which counts its own restarts
+    return store if several else dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 # ---- slices --------------------------------------------------------------------------------------------------------
