@@ -52,7 +52,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--device", help="cuda, mps or cpu (default: the best one present)")
     add("--dtype", choices=["bfloat16", "float32"], help="of the networks (default: bfloat16 where the hardware has it)")
     add("--tile", action=argparse.BooleanOptionalAction, help="run the VAE in tiles: less memory, more work (default: where it does not fit)")
-    add("--offload", action="store_true", help="send T5 and DiT to the device block by block: least memory, more time")
+    add("--offload", action=argparse.BooleanOptionalAction,
+        help="send T5 and DiT to the device block by block: least memory, more time (default: where they do not fit)")
     add("--compile", action="store_true", help="torch.compile the DiT: minutes at first, faster steps")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompt", help="describe the person and the background")
@@ -160,13 +161,8 @@ def vae(args, dtype, device, size) -> CausalVAE:
         network = random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
     else:
         network = load_vae(args.backbone, dtype)
-    room, needed = budget.capacity(device, 1), network.memory(*size)
-    too_large = room is not None and needed > room
-    if too_large and args.tile is None:
-        print(
-            f"--tile: decoding {size[1]}x{size[0]} at once would take {needed / budget.GIB:.1f} of {room / budget.GIB:.1f} GiB"
-        )
-    network.tile(too_large if args.tile is None else args.tile)
+    height, width = size
+    network.tile(saving(args, "tile", f"decoding {width}x{height} at once", network.memory(height, width), device))
     return network.to(device)
 
 
@@ -191,10 +187,21 @@ def random_weights(network_class, config, dtype):
     return network.to(dtype).eval()
 
 
+def saving(args, flag: str, what: str, needed: int, device) -> bool:
+    """Whether to save memory: as the flag says, else where `what`, of so many bytes, does not fit, which is printed."""
+    given, room = getattr(args, flag), budget.capacity(device, 1)
+    too_large = room is not None and needed > room
+    if given is None and too_large:
+        print(f"--{flag}: {what} would take {needed / budget.GIB:.1f} of {room / budget.GIB:.1f} GiB")
+    return too_large if given is None else given
+
+
 def place(args, network: nn.Module, device, dtype) -> nn.Module:
     """Move a network to the device: all of it, or with --offload everything but its blocks, each of which is there, in
     this dtype, only while it runs, and waits, memory-mapped, in its file."""
-    if not args.offload:
+    needed = sum(p.numel() for p in network.parameters()) * dtype.itemsize
+    needed = needed if device.type != "cpu" else 0  # there they wait in their file anyway
+    if not saving(args, "offload", f"{type(network).__name__}'s weights", needed, device):
         return network.to(device)
     for child in network.children():
         if child is not network.blocks:
@@ -280,20 +287,11 @@ def encode(args, vae: CausalVAE, device, reference, own, frames) -> tuple[Tensor
     return image.cpu(), pose, face
 
 
-def one_by_one(args, config, device, pose: Tensor, text: Tensor, window: int, dtype) -> bool:
-    """Whether guidance branches run one after the other: as --sequential says, else where both do not fit."""
-    slots, (h, w) = min(1 + window, pose.shape[1]), pose.shape[-2:]
-    video = budget.tokens(config, slots, h, w)
-    needed, room = (
-        budget.sampling_bytes(config, video, text.shape[1], len(text), dtype.itemsize),
-        budget.capacity(device, 1),
-    )
-    too_large = len(text) > 1 and room is not None and needed > room
-    if too_large and args.sequential is None:
-        print(
-            f"--sequential: both guidance branches would take {needed / budget.GIB:.1f} of {room / budget.GIB:.1f} GiB"
-        )
-    return too_large if args.sequential is None else args.sequential
+def sequential(args, config, pose: Tensor, text: Tensor, window: int, device, dtype) -> bool:
+    """Whether guidance branches, if there are two, run one after the other."""
+    video = budget.tokens(config, min(1 + window, pose.shape[1]), *pose.shape[-2:])
+    needed = budget.sampling_bytes(config, video, text.shape[1], len(text), dtype.itemsize)
+    return saving(args, "sequential", "both guidance branches", needed if len(text) > 1 else 0, device)
 
 
 @torch.inference_mode()
@@ -425,7 +423,7 @@ def animate(args) -> None:
     network = place(args, network, device, dtype)
     if args.compile:
         network.compile()
-    args.sequential = one_by_one(args, network.config, device, pose, text, trained.get("window", 13), dtype)
+    args.sequential = sequential(args, network.config, pose, text, trained.get("window", 13), device, dtype)
     latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
     del network
     network = vae(args, dtype, device, reference.shape[:2])

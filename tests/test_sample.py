@@ -222,6 +222,25 @@ def test_offloaded_blocks_are_cast_when_they_run_and_wait_as_they_are_in_their_f
     assert next(waiting.blocks.parameters()).dtype == torch.float32
 
 
+def test_blocks_are_offloaded_where_they_do_not_fit_unless_told(example, monkeypatch, capsys):
+    import torch
+
+    def waiting(room, *extra, device="meta"):
+        monkeypatch.setattr(sample.budget, "capacity", lambda device, ranks: room)
+        args = sample.parse_args(arguments(example, *extra))[1]
+        dit = sample.random_weights(sample.DiT, sample.DIT_PRESETS["tiny"], torch.float32)
+        placed = sample.place(args, dit, torch.device(device), torch.float32)
+        assert str(placed.patch_embed.weight.device) == device
+        return bool(dit.blocks[0]._forward_pre_hooks)
+
+    needed = 4 * sum(p.numel() for p in sample.DiT(sample.DIT_PRESETS["tiny"]).parameters())
+    assert waiting(needed - 1)
+    assert "--offload: DiT's weights would take 0.0 of 0.0 GiB" in capsys.readouterr().out
+    assert not waiting(needed) and not waiting(None) and not waiting(1, device="cpu")
+    assert not waiting(1, "--no-offload") and waiting(needed, "--offload")
+    assert not capsys.readouterr().out
+
+
 def test_guidance_branches_run_one_by_one_where_both_do_not_fit_unless_told(example, monkeypatch, capsys):
     import torch
 
@@ -231,7 +250,7 @@ def test_guidance_branches_run_one_by_one_where_both_do_not_fit_unless_told(exam
     def sequential(room, *extra, text=text):
         monkeypatch.setattr(sample.budget, "capacity", lambda device, ranks: room)
         args = sample.parse_args(arguments(example, *extra))[1]
-        return sample.one_by_one(args, config, torch.device("cpu"), pose, text, 13, torch.float32)
+        return sample.sequential(args, config, pose, text, 13, torch.device("cpu"), torch.float32)
 
     assert sequential(needed - 1)
     assert "--sequential: both guidance branches would take" in capsys.readouterr().out
