@@ -11,8 +11,9 @@ pseudo drivers, place from the clip). Truth is A performing the motion: a drawn 
     joint error              how far, in pixels, what surrounds a visible joint has to be moved to fit best: see `locate`
     identity                 is the nearest of 16 people by the colours of the silhouette A? One of the 16 is B
     leaks                    how much of B's colours, texture and outline is in the output: see `leaks`
-    drift                    of long clips (--frames 497): what masked L1 gains in 100 frames, and its standard error
-    seam                     of long clips: change from frame to frame where windows meet, over that elsewhere
+    seam                     change from frame to frame where latents meet over that elsewhere. In long clips (--frames 497)
+                             windows meet there too: an invisible seam is that of 17 frames, which are one window
+    drift                    of long clips: what masked L1 gains in 100 frames, and its standard error
 
 The trivial answers they are compared with: A's picture standing still, and the driver's own frames.
 """
@@ -52,7 +53,7 @@ from load_cogvideox import check_dit, load_weights, pick_device
 from video import HelpFormatter, check_output, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
-WINDOW, FRAMES, REFERENCE_FRAME = 5, 17, 32  # latents; frames; the reference is a later moment
+WINDOW, FRAMES = 5, 17  # latents, and the frames that they are
 REACH, PATCH = 16, 6  # pixels that `locate` searches to each side, and half a patch
 PEOPLE = 16
 AI_GENERATED = "AI-generated: drawn figures"
@@ -65,10 +66,15 @@ class Pair(NamedTuple):
     others: list[toy.Clip]  # 14 more who do, a few frames of each
 
 
+def reference_moment(length: int) -> int:
+    """The reference's frame: after a short clip; amid a long one, so that neither its start nor its end is nearer to it."""
+    return 32 if length == FRAMES else length // 2
+
+
 def draw_pair(number: int, degrade: str = "none", strength: float = 0.0, length: int = FRAMES) -> Pair:
     """Pair `number`; A.6: the driver seen through motion blur (over 4 x strength frames), little light or few pixels."""
     seed = FIRST + number
-    reference = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=REFERENCE_FRAME).video[0]
+    reference = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(length)).video[0]
     frames = lambda k: length if k < 2 else 3  # noqa: E731
     people = [toy.render(FIRST + 10_000 * k + number, seed, frames=frames(k), size=TOY_SIZE) for k in range(PEOPLE)]
     truth, driver, *others = people
@@ -154,16 +160,19 @@ def leaks(pair: Pair, video: np.ndarray) -> dict[str, float]:
     return {"leak_color": float(color), "leak_texture": float(texture), "leak_outline": float(outline)}
 
 
-def over_time(video: np.ndarray, errors: list[float]) -> dict[str, float]:
-    """Of a clip longer than a window: drift, the slope of a frame's masked L1 in gray levels per 100 frames, and seam.
+def seam(video: np.ndarray) -> float:
+    """The median change from the last frame of a latent to the first of the next over the median change within latents.
 
-    Windows start at even latents and end at odd ones, so two meet at every latent: seam is the median change from the
-    last frame of a latent to the first of the next over the median change within latents. NaN where nothing moves.
+    Windows start at even latents and end at odd ones, so two of them meet at every latent. NaN where nothing moves.
     """
     change = [np.abs(np.float32(b) - a).mean() for a, b in zip(video, video[1:])]
     within = np.median([c for t, c in enumerate(change) if t % 4])
-    slope = np.polyfit(np.arange(len(errors)) / 100, errors, 1)[0]
-    return {"drift": float(slope), "seam": float(np.median(change[::4]) / within) if within else np.nan}
+    return float(np.median(change[::4]) / within) if within else np.nan
+
+
+def drift(errors: list[float]) -> float:
+    """The slope of a frame's masked L1, in gray levels per 100 frames."""
+    return float(np.polyfit(np.arange(len(errors)) / 100, errors, 1)[0])
 
 
 def measure(pair: Pair, video: np.ndarray) -> dict:
@@ -179,7 +188,8 @@ def measure(pair: Pair, video: np.ndarray) -> dict:
         "joint_error": joint_errors(pair.truth, video),
         "identity": float(nearest_person(video, pair) == 0),
         **leaks(pair, video),
-        **(over_time(video, errors) if len(video) > FRAMES else {}),
+        "seam": seam(video),
+        **({"drift": drift(errors)} if len(video) > FRAMES else {}),
     }
 
 
@@ -199,7 +209,7 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
     looks = replace(data.toy_looks(args), location=args.location)
     draw = data.keyed(FIRST, number)
     seed = FIRST + number
-    still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=REFERENCE_FRAME)
+    still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(len(pair.truth.video)))
     streams = []
     for place, motion in ((still, still), (pair.truth, pair.driver)):
         body, face = data.toy_pair(motion, args, draw)

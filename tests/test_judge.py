@@ -90,9 +90,8 @@ def test_drift_is_the_slope_and_seam_what_changes_where_latents_meet():
     errors = 5 + 0.02 * np.arange(201) + np.where(np.arange(201) % 2, 0.5, -0.5)
     jumps = np.array([0] + [3 if t % 4 == 1 else 1 for t in range(1, 41)])  # frame 0 is a latent, then 1-4, 5-8, ...
     video = (np.cumsum(jumps)[:, None, None, None] * np.ones((1, 2, 2, 3))).astype(np.uint8)
-    found = judge.over_time(video, list(errors))
-    assert found["drift"] == pytest.approx(2, rel=0.01) and found["seam"] == 3
-    assert np.isnan(judge.over_time(video * 0, list(errors))["seam"])
+    assert judge.drift(list(errors)) == pytest.approx(2, rel=0.01) and judge.seam(video) == 3
+    assert np.isnan(judge.seam(video * 0))
     rows = [{"drift": d, "joint_error": [0.0]} for d in (1.0, 2.0, 3.0)]
     assert judge.summary(rows) == pytest.approx({"drift": 2, "drift_error": 3**-0.5, "joint_error": 0})
 
