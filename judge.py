@@ -195,7 +195,8 @@ def measure(pair: Pair, video: np.ndarray) -> dict:
 
 def summary(rows: list[dict]) -> dict:
     """Means over clips; of the joint error the median over all joints of all clips; of the drift also its standard error."""
-    means = {name: float(np.nanmean([row[name] for row in rows])) for name in rows[0] if name != "joint_error"}
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "joint_error"}
+    means = {name: float(np.mean(c[~np.isnan(c)])) if not np.isnan(c).all() else np.nan for name, c in columns.items()}
     if "drift" in means and len(rows) > 1:
         means["drift_error"] = float(np.std([row["drift"] for row in rows], ddof=1) / len(rows) ** 0.5)
     return means | {"joint_error": float(np.median(np.concatenate([row["joint_error"] for row in rows])))}

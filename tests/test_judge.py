@@ -1,5 +1,7 @@
 """The judge of the drawn world is right about the truth itself, and about known mistakes."""
 
+import warnings
+
 import cv2
 import numpy as np
 import pytest
@@ -92,6 +94,9 @@ def test_drift_is_the_slope_and_seam_what_changes_where_latents_meet():
     video = (np.cumsum(jumps)[:, None, None, None] * np.ones((1, 2, 2, 3))).astype(np.uint8)
     assert judge.drift(list(errors)) == pytest.approx(2, rel=0.01) and judge.seam(video) == 3
     assert np.isnan(judge.seam(video * 0))
+    rows = [{"seam": np.nan, "joint_error": [0.0]}, {"seam": 2.0, "joint_error": [0.0]}]
+    with warnings.catch_warnings(action="error"):  # of what stands still there is no seam, and nothing to warn of
+        assert judge.summary(rows)["seam"] == 2 and np.isnan(judge.summary(rows[:1])["seam"])
     rows = [{"drift": d, "joint_error": [0.0]} for d in (1.0, 2.0, 3.0)]
     assert judge.summary(rows) == pytest.approx({"drift": 2, "drift_error": 3**-0.5, "joint_error": 0})
 
