@@ -92,8 +92,8 @@ def locate(truth: np.ndarray, mask: np.ndarray, joint: np.ndarray, picture: np.n
     """Distance in pixels between a joint of the true picture and the place in `picture` that looks most like it.
 
     The 13 x 13 pixels around the joint, inside the person's mask, are moved up to 16 pixels each way over `picture`;
-    the place with the least squared difference wins. truth, picture (H, W, 3) uint8; mask (H, W) bool; joint (x, y),
-    inside the mask's box.
+    the place with the least squared difference wins. Where every place looks alike, as in an empty picture, and unlike
+    the truth, the error is 16. truth, picture (H, W, 3) uint8; mask (H, W) bool; joint (x, y), inside the mask's box.
     """
     x, y = np.rint(joint).astype(int) + PATCH + REACH
     pad = lambda p: cv2.copyMakeBorder(p, *[PATCH + REACH] * 4, cv2.BORDER_REPLICATE)  # noqa: E731
@@ -103,8 +103,11 @@ def locate(truth: np.ndarray, mask: np.ndarray, joint: np.ndarray, picture: np.n
     cost = cv2.matchTemplate(
         np.float32(search), np.float32(patch), cv2.TM_SQDIFF, mask=np.repeat(inside[..., None], 3, 2)
     )
+    one_level = max(inside.sum(), 1) * 3  # what a difference of one gray level costs
+    if np.ptp(cost) < one_level < cost.min():
+        return float(REACH)
     away = np.hypot(*np.mgrid[-REACH : REACH + 1, -REACH : REACH + 1])
-    return float(away.flat[np.argmin(cost + 1e-3 * away * max(inside.sum(), 1))])  # of equal places the nearest
+    return float(away.flat[np.argmin(cost + 3e-4 * away * one_level)])  # of equal places the nearest
 
 
 def joint_errors(truth: toy.Clip, video: np.ndarray) -> list[float]:
@@ -137,26 +140,30 @@ def nearest_person(video: np.ndarray, pair: Pair) -> int:
 
 
 def leaks(pair: Pair, video: np.ndarray) -> dict[str, float]:
-    """What of the driver B shows in a picture of A; 0 on the truth in all three.
+    """What of the driver B shows in a picture of A; 0 on the truth in all three, and in what is wrong but not B's.
 
-    leak_color    colours of the silhouette on the line from A's to B's: 0 A's, 1 B's
+    leak_color    how far the silhouette's colours went from A's towards B's (1: B's), beyond how far towards 14 others'
     leak_texture  where both bodies are, detail (what a blur of 1.5 px removes) fitted by A's and B's: the share of B's
-    leak_outline  error where only B stands, beyond that in the rest of the background near A; gray levels
+    leak_outline  where only B stands, the picture but for its mean fitted by A's and B's: the share of B's
     """
     a, found = clothes(pair.truth.video, pair.truth.body), clothes(video, pair.truth.body)
-    b = clothes(pair.driver.video, pair.driver.body)
-    color = ((found - a) * (b - a)).sum() / np.square(b - a).sum()
+    b, *others = (clothes(c.video, c.body) for c in (pair.driver, *pair.others))
+    towards = lambda wrong, start, end: ((wrong - start) * (end - start)).sum() / np.square(end - start).sum()  # noqa: E731
+    color = towards(found, a, b) - np.mean([towards(found, a, other) for other in others])
 
+    def share(parts: list[np.ndarray]) -> float:
+        """(n, 3) each of A, B and the picture: the picture's fit by A and B, of which B's part."""
+        return np.linalg.lstsq(np.stack([p.ravel() for p in parts[:2]], 1), parts[2].ravel(), rcond=None)[0][1]
+
+    videos = pair.truth.video, pair.driver.video, video
     detail = lambda v: np.stack([np.float32(f) - cv2.GaussianBlur(np.float32(f), (0, 0), 1.5) for f in v])  # noqa: E731
     both = pair.truth.body & pair.driver.body
-    parts = [detail(v)[both].ravel() for v in (pair.truth.video, pair.driver.video, video)]
-    texture = np.linalg.lstsq(np.stack(parts[:2], 1), parts[2], rcond=None)[0][1] if both.any() else np.nan
+    texture = share([detail(v)[both] for v in videos]) if both.any() else np.nan
 
-    grow = lambda masks, r: np.stack([cv2.dilate(np.uint8(m), np.ones((2 * r + 1,) * 2)) for m in masks]) > 0  # noqa: E731
-    error = np.abs(np.float32(video) - pair.truth.video).mean(-1)
-    outside, near = ~grow(pair.truth.body, 2), grow(pair.truth.body | pair.driver.body, 6)
-    ghost, ring = error[outside & pair.driver.body], error[outside & near & ~grow(pair.driver.body, 2)]
-    outline = ghost.mean() - ring.mean() if len(ghost) and len(ring) else np.nan
+    a_and_rim = np.stack([cv2.dilate(np.uint8(mask), np.ones((5, 5))) for mask in pair.truth.body]) > 0
+    alone = pair.driver.body & ~a_and_rim
+    centred = lambda v: np.float32(v)[alone] - np.float32(v)[alone].mean(0)  # noqa: E731
+    outline = share([centred(v) for v in videos]) if alone.any() else np.nan
     return {"leak_color": float(color), "leak_texture": float(texture), "leak_outline": float(outline)}
 
 
