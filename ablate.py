@@ -4,18 +4,21 @@
     python ablate.py run full S1 --seeds 1    # some of them; what is finished is not done again
     python ablate.py table                    # results/*.json -> the ledger in README.md, results/*.png
 
-A row differs from `full` in the flags that it names and in nothing else. Seed k of every row has the same fresh layers,
-clips, noise and steps as seed k of `full`, and rows that differ in stage 2 alone share stage 1: so rows are compared
-seed by seed. Verdict: with d the differences, the claim "better" holds if all seeds agree in sign and the mean is more
-than two standard errors from 0; if that is so on the other side, it does not hold; else it is a null.
+A row differs from `full` in the flags that it names and in nothing else. Seed k of every row has the same clips, noise
+and steps as seed k of `full`, and rows that differ in stage 2 alone share stage 1: so rows are compared seed by seed.
+Verdict: with d the differences, `full` is better if their mean is further from 0 than its standard error times Student's
+95 % quantile for so many seeds (4.30 for three); worse if so on the other side; else nothing is seen. The clips and the
+pairs that judge are the same for all seeds, so the error is that of training. One of twenty rows errs by chance.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import write_text
-from video import HelpFormatter
+from video import HelpFormatter, natural
 
 README = Path(__file__).parent / "README.md"
 
@@ -39,6 +42,7 @@ class Row(NamedTuple):
     second: tuple = ()  # flags of stage 2 alone
     judge: tuple = ()  # flags of judge.py alone
     against: str = "full"
+    claim: str = "better than"  # what the paper says of `against` and this row; or "no different from"
 
 
 def skeleton(noise: int) -> tuple:
@@ -63,8 +67,8 @@ ROWS = {
                        second=("--lambda", "0", "--init", "backbone"), against="full-backbone"),
     "D2": Row("Table 4", "aligned at block 2 of 4 (paper: 20 of 42)", "FIS 0.591, FVD 231.0", second=("--align-depth", "2")),
     "D3": Row("Table 4", "aligned at block 3 of 4 (paper: 30 of 42)", "FIS 0.503, FVD 423.5", second=("--align-depth", "3")),
-    "lambda0.1": Row("Table 4", "lambda 0.1", "FIS 0.634, FVD 189.7", second=("--lambda", "0.1")),
-    "lambda1": Row("Table 4", "lambda 1", "FIS 0.627, FVD 191.8", second=("--lambda", "1")),
+    "lambda0.1": Row("Table 4", "lambda 0.1", "FIS 0.634, FVD 189.7", second=("--lambda", "0.1"), claim="no different from"),
+    "lambda1": Row("Table 4", "lambda 1", "FIS 0.627, FVD 191.8", second=("--lambda", "1"), claim="no different from"),
     "concat": Row("Table 5", "DC injection", "FIS 0.544, FVD 372.8", both=("--cue-injection", "concat")),
     "cross": Row("Table 5", "CA injection", "FIS 0.502, FVD 453.7", both=("--cue-injection", "cross")),
     "unfiltered": Row("Table 6", "3 of 10 pseudo performers do another motion", "FIS 0.584, FVD 218.3", data=("--pseudo-faults", "0.3")),
@@ -74,6 +78,8 @@ ROWS = {
 }
 # fmt: on
 BETTER_HIGH = "masked_psnr", "identity"
+STUDENT = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # 95 % of |t| for so many seeds
+QUICK = "full", "S5", "S8", "dark"
 
 
 # ---- training and judging ------------------------------------------------------------------------------------------
@@ -83,74 +89,110 @@ def slug(*flags: str) -> str:
     return "".join(flag.lstrip("-") + ("-" if flag.startswith("--") else ".") for flag in flags).rstrip(".-") or "base"
 
 
-class Pieces:
-    """What `run` has to do for some rows and seeds: data, stage 1, stage 2, results; each a command by what it makes."""
+class Piece(NamedTuple):
+    kind: str
+    command: list
+    after: tuple  # what has to be there first
+    seconds: float  # about, of one core
 
-    # fmt: off
-    def __init__(self, args):
-        self.stages: tuple[dict, dict, dict, dict] = {}, {}, {}, {}
-        python, work, (steps1, steps2) = sys.executable, args.work, args.steps
-        common = ["--preset", "toy", "--ema", "0.99", "--save-every", "500", "--device", "cpu", "--resume"]
-        common += ["--compile"] * args.compile
-        for name, row in ((name, ROWS[name]) for name in args.rows):
-            own, pairs = (work / f"data-{slug(*flags)}-{args.clips}" for flags in (row.looks, row.looks + row.data))
-            for folder, flags in ((own, row.looks), (pairs, row.looks + row.data)):  # stage 1 sees no pseudo cues
-                self.stages[0][folder / "clips.jsonl"] = [
-                    python, "data.py", "toy", "-o", folder, "--clips", args.clips, "--variants", "1", *flags]
-            for seed in range(args.seeds):
-                trained = f"{slug(*row.looks, *row.both)}-{args.clips}-{steps1}"
-                first = work / f"stage1-{trained}-{seed}"
-                second = work / f"stage2-{trained}-{slug(*row.data, *row.second)}-{steps2}-{seed}"
-                result = args.results / f"{name}-{seed}.json"
-                train = [python, "train.py", *common, "--seed", seed, *row.both]
-                self.stages[1][first / f"step-{steps1:07d}"] = [
-                    *train, "--stage", "1", "--data", own, "-o", first, "--steps", steps1, "--eval-every", steps1]
-                self.stages[2][second / f"step-{steps2:07d}"] = [
-                    *train, "--stage", "2", "--data", pairs, "-o", second, "--steps", steps2, "--eval-every", args.eval_every,
-                    "--teacher", first, *row.second]
-                self.stages[3][result] = [
-                    python, "judge.py", second, "--seeds", "1", "--pairs", args.pairs, "--sampler", "ddim", "--steps", "10",
-                    "-o", result, *row.looks, *row.judge]
-    # fmt: on
 
-    def missing(self) -> int:
-        return sum(not target.exists() for stage in self.stages for target in stage)
+# fmt: off
+def pieces(args) -> dict[Path, Piece]:
+    """What `run` has to do for some rows and seeds, row by row: what is made, and how."""
+    found, work, (steps1, steps2) = {}, args.work, args.steps
+    common = ["--preset", "toy", "--ema", "0.99", "--save-every", "500", "--device", "cpu", "--resume"]
+    common += ["--compile"] * args.compile
+    step = 0.5 if args.compile else 0.8
+
+    def add(kind: str, target: Path, seconds: float, after: list, *command) -> Path:
+        found.setdefault(target, Piece(kind, [sys.executable, *command], tuple(after), seconds))
+        return target
+
+    for name, row in ((name, ROWS[name]) for name in args.rows):
+        folders = []
+        for flags in (row.looks, row.looks + row.data):  # stage 1 sees no pseudo cues
+            folder = work / f"data-{slug(*flags)}-{args.clips}"
+            add("data", folder / "clips.jsonl", 1.7 * (args.clips + args.held_out), [], "data.py", "toy", "-o", folder,
+                "--clips", args.clips, "--held-out", args.held_out, "--variants", "1", "--workers", args.jobs, *flags)
+            folders.append(folder)
+        for seed in range(args.seeds):
+            trained = f"{slug(*row.looks, *row.both)}-{args.clips}-{steps1}"
+            first = work / f"stage1-{trained}-{seed}"
+            second = work / f"stage2-{trained}-{slug(*row.data, *row.second)}-{steps2}-{seed}"
+            train = ["train.py", *common, "--seed", seed, *row.both]
+            last1 = add("stage 1", first / f"step-{steps1:07d}", step * steps1, [folders[0] / "clips.jsonl"], *train,
+                "--stage", "1", "--data", folders[0], "-o", first, "--steps", steps1, "--eval-every", steps1)
+            last2 = add("stage 2", second / f"step-{steps2:07d}", step * steps2, [folders[1] / "clips.jsonl", last1], *train,
+                "--stage", "2", "--data", folders[1], "-o", second, "--steps", steps2, "--eval-every", args.eval_every,
+                "--teacher", first, *row.second)
+            add("result", args.results / f"{name}-{seed}.json", 2.5 * args.pairs, [last2], "judge.py", second, "--seeds", "1",
+                "--pairs", args.pairs, "--sampler", "ddim", "--steps", "10", "-o", args.results / f"{name}-{seed}.json",
+                *row.looks, *row.judge)
+    return found
+# fmt: on
 
 
 def run(args) -> None:
     """`python ablate.py run`: all that is missing for the rows, as many pieces at a time as there are cores."""
-    args.rows = args.rows or list(ROWS)
+    if args.quick:
+        args.steps, args.seeds, args.clips, args.eval_every, args.pairs, args.held_out = (4, 4), 1, 8, 2, 2, 4
+        args.work, args.results = args.work / "quick", args.results / "quick"
+    args.rows = args.rows or list(QUICK if args.quick else ROWS)
     unknown = [name for name in args.rows if name not in ROWS]
     if unknown:
         raise ValueError(f"no row {unknown[0]}; there are {', '.join(ROWS)}")
-    if args.quick:
-        args.steps, args.seeds, args.clips, args.eval_every, args.pairs = (20, 20), 1, 16, 10, 2
-        args.work, args.results = args.work / "quick", args.results / "quick"
     args.work, args.results = args.work.resolve(), args.results.resolve()
-    args.results.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.results):
+        folder.mkdir(parents=True, exist_ok=True)
     for name in args.rows:
         print(f"{name}: {ROWS[name].what}" + f" ({ROWS[name].table})" * bool(ROWS[name].table))
-    pieces = Pieces(args)
-    check_results(pieces.stages[3], args.pairs)
-    data, *trainings, results = [sum(not target.exists() for target in stage) for stage in pieces.stages]
-    seconds = sum(count * steps for count, steps in zip(trainings, args.steps)) * (0.7 if args.compile else 1.0)
-    seconds += results * args.pairs * 2.5  # all of one core
-    hours = (seconds / args.jobs + data * args.clips * 1.7 / os.cpu_count()) / 3600
-    print(f"missing: {data} data folders, {sum(trainings)} trainings, {results} results: about {hours:.1f} h")
-    bar = tqdm(total=pieces.missing(), desc="ablate", unit="piece")
-    for stage in pieces.stages:
-        alone = stage is pieces.stages[0]  # data.py uses all cores by itself
-        todo = [(target, command) for target, command in stage.items() if not target.exists()]
-        with ThreadPoolExecutor(1 if alone else args.jobs) as pool:
-            for _ in pool.map(lambda piece: execute(args.work, *piece), todo):
-                bar.update()
+    every = pieces(args)
+    check_results({target: piece.command for target, piece in every.items() if piece.kind == "result"}, args.pairs)
+    todo = {target: piece for target, piece in every.items() if not target.exists()}
+    counts = Counter(piece.kind for piece in todo.values())
+    total = sum(piece.seconds for piece in todo.values()) / args.jobs
+    print(
+        f"missing: {', '.join(f'{n} x {kind}' for kind, n in counts.items()) or 'nothing'}: about {total / 3600:.1f} h"
+    )
+    with open(args.work / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{args.work}: another ablate.py works there; wait for it, or take another --work"
+            ) from None
+        work_off(todo, args)
+
+
+def work_off(todo: dict[Path, Piece], args) -> None:
+    """The pieces in their order, `jobs` at a time. One that fails stops only what needs it."""
+    bar = tqdm(total=round(sum(piece.seconds for piece in todo.values())), desc="ablate", unit="s of a core")
+    futures: dict[Path, Future] = {}
+
+    def make(target: Path, piece: Piece) -> None:
+        for before in piece.after:  # begun earlier: nobody waits for what nobody works on
+            if before in futures and futures[before].exception():
+                raise futures[before].exception()
+        execute(args.work, target, piece.command)
+        bar.update(round(piece.seconds))
+
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
+        for target, piece in todo.items():
+            futures[target] = pool.submit(make, target, piece)
+        wait(futures.values())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    if failures := {str(f.exception()): None for f in futures.values() if f.exception()}:
+        raise OSError("; ".join(failures))
 
 
 def check_results(results: dict[Path, list], pairs: int) -> None:
     """ValueError if what is there was made with other steps, clips or pairs: it would pass for finished."""
     for path, command in results.items():
         if path.exists():
-            found = json.loads(path.read_text())
+            found = read_result(path)
             if (found["checkpoint"], found["pairs"]) != (command[2].name, pairs):
                 made = f"{found['checkpoint']} and {found['pairs']} pairs"
                 raise ValueError(f"{path} is of {made}, not {command[2].name} and {pairs}: take another --results")
@@ -177,15 +219,39 @@ def seed_of(path: Path, name: str) -> int | None:
     return int(seed) if seed.isdigit() else None
 
 
+def read_result(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text())
+        return result if result["answers"]["seed 0"] and result["training"]["held_out"] else result["no curve"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path}: not a result of judge.py for a run folder; remove it and run ablate.py again"
+        ) from None
+
+
 def read_results(folder: Path) -> dict[str, dict[int, dict]]:
     """results/ROW-SEED.json -> {row: {seed: result}}, in the order of ROWS."""
     found = {}
     for name in ROWS:
         paths = {seed_of(path, name): path for path in folder.glob(f"{name}-*.json")}
         if seeds := {seed: path for seed, path in paths.items() if seed is not None}:
-            found[name] = {seed: json.loads(path.read_text()) for seed, path in sorted(seeds.items())}
+            found[name] = {seed: read_result(path) for seed, path in sorted(seeds.items())}
     if not found:
         raise ValueError(f"{folder}: no results there; make some with: python ablate.py run")
+    made = {}
+    for name, row in found.items():
+        for seed, result in row.items():
+            settings = (
+                result["pairs"],
+                result["sampling_steps"],
+                result["training"]["steps"],
+                result["training"]["batch"],
+            )
+            made.setdefault(settings, f"{name}-{seed}.json")
+    if len(made) > 1:
+        raise ValueError(
+            f"{folder}: {' and '.join(made.values())} differ in pairs, steps or batch: keep results of one kind"
+        )
     return found
 
 
@@ -193,16 +259,25 @@ def numbers(row: dict[int, dict], meter: str) -> dict[int, float]:
     return {seed: result["answers"]["seed 0"][meter] for seed, result in row.items()}
 
 
-def verdict(worse: dict[int, float], better: dict[int, float], meter: str) -> str:
-    """Is `better` better than `worse`, seed by seed? The rule is in this file's first lines."""
+def gain(worse: dict[int, float], better: dict[int, float], meter: str) -> tuple[float, float, str]:
+    """By how much `better` is better than `worse`, seed by seed: mean, standard error, and what is seen by the rule of
+    this file's first lines: "better", "worse", "no difference", or "too few seeds"."""
     sign = -1 if meter in BETTER_HIGH else 1
     gains = np.array([sign * (worse[seed] - better[seed]) for seed in worse if seed in better])
     if len(gains) < 3:
-        return "too few seeds"
+        return (gains.mean() if len(gains) else np.nan), np.nan, "too few seeds"
     error = gains.std(ddof=1) / len(gains) ** 0.5
-    if abs(gains.mean()) <= 2 * error or len(set(np.sign(gains))) > 1:
-        return "null"
-    return "holds" if gains.mean() > 0 else "does not hold"
+    seen = abs(gains.mean()) > STUDENT.get(len(gains), 2.26) * error
+    return gains.mean(), error, ("better" if gains.mean() > 0 else "worse") if seen else "no difference"
+
+
+def verdict(row: Row, seen: str) -> str:
+    """Does what the paper says of a row hold, given what `gain` sees?"""
+    if seen == "too few seeds":
+        return seen
+    if row.claim == "no different from":
+        return "holds (no difference seen)" if seen == "no difference" else f"does not hold ({seen})"
+    return {"better": "holds", "worse": "does not hold", "no difference": "null"}[seen]
 
 
 def spread(values: dict[int, float]) -> str:
@@ -221,13 +296,14 @@ def speed_up(slow: dict, fast: dict) -> float | None:
 
 def ledger(results: dict) -> str:
     """Claim, command, the paper's numbers, ours, verdict: Markdown."""
-    lines = ["| claim: better than | command | paper | meter | full | this row | verdict |", "|---" * 7 + "|"]
+    lines = ["| claim: full is | command | paper | meter | full | this row | better by | verdict |", "|---" * 8 + "|"]
     for name, row in ROWS.items():
         if name in ("full", "full-backbone") or name not in results or row.against not in results:
             continue
         worse, better = (numbers(results[r], row.meter) for r in (name, row.against))
-        cells = f"{row.what} ({row.table})", f"`ablate.py run {name}`", row.paper, row.meter
-        cells += spread(better), spread(worse), verdict(worse, better, row.meter)
+        mean, error, seen = gain(worse, better, row.meter)
+        cells = f"{row.claim} {row.what} ({row.table})", f"`ablate.py run {name}`", row.paper, row.meter
+        cells += spread(better), spread(worse), f"{mean:.2f} ± {error:.2f}", verdict(row, seen)
         lines.append("| " + " | ".join(cells) + " |")
     for slow, fast in (("S8", "full"), ("S8-backbone", "full-backbone")):
         if slow in results and fast in results:
@@ -313,16 +389,17 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("run", help="train and judge rows of the paper's tables", formatter_class=show).add_argument
     add("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
-    add("--seeds", type=int, default=3, help="trainings of each row")
-    add("--steps", type=int, nargs=2, default=(1000, 800), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
-    add("--clips", type=int, default=500, help="training clips")
-    add("--pairs", type=int, default=32, help="pairs to judge a model by")
-    add("--eval-every", type=int, default=100, help="steps of stage 2 between held-out losses")
+    add("--seeds", type=natural, default=3, help="trainings of each row")
+    add("--steps", type=natural, nargs=2, default=(1000, 800), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
+    add("--clips", type=natural, default=500, help="training clips")
+    add("--held-out", type=natural, default=64, help="test clips, for the held-out losses")
+    add("--pairs", type=natural, default=32, help="pairs to judge a model by")
+    add("--eval-every", type=natural, default=100, help="steps of stage 2 between held-out losses")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train.py --compile: needs a C++ compiler")
-    add("--jobs", type=int, default=os.cpu_count(), help="pieces at a time, a core each")
+    add("--jobs", type=natural, default=os.cpu_count(), help="pieces at a time, a core each")
     add("--work", type=Path, default=Path("runs/ablate"), help="folder for data and runs")
     add("--results", type=Path, default=Path("results"), help="folder for the numbers")
-    add("--quick", action="store_true", help="a few steps of everything: does it run?")
+    add("--quick", action="store_true", help=f"does it run? 4 steps, 8 clips, 2 pairs, seed 0, of {', '.join(QUICK)} if no row is given")
     add = commands.add_parser("table", help="the ledger and the figures, from results", formatter_class=show).add_argument
     add("--results", type=Path, default=Path("results"), help="folder of the numbers, and for the figures")
     add("--readme", type=Path, default=README, help="page whose ledger is replaced")

@@ -261,6 +261,7 @@ def score(args) -> dict:
         if path:
             check_output(path, suffixes=suffixes)
     check_dit(args.checkpoint, TOY_TEXT[1])
+    check_looks(args)
     if args.frames < FRAMES:
         raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
     dtype = pick_device("cpu")[1]
@@ -299,6 +300,20 @@ def score(args) -> dict:
         write_sheet(args.sheet, shown[: args.rows])
         print(f"wrote {args.sheet}")
     return result
+
+
+def check_looks(args) -> None:
+    """ValueError if a run was trained with other cues than the flags say: it would be judged by a task it never saw."""
+    if not (args.checkpoint / "config.json").is_file():
+        return
+    settings = json.loads((args.checkpoint / "config.json").read_text())
+    looks, trained = Path(settings["data"]) / "toy.json", {name: settings[name] for name in ("location", "face")}
+    if looks.is_file():
+        trained |= {name: json.loads(looks.read_text())[name] for name in ("pose_cue", "joint_noise", "face_cue")}
+    for name, value in trained.items():
+        if getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(args, name)}: {args.checkpoint} was trained with {flag} {value}")
 
 
 def history(checkpoint: Path) -> dict:

@@ -19,29 +19,38 @@ def plan(tmp_path, *rows, seeds=2):
         ["run", *rows, "--seeds", str(seeds), "--work", str(tmp_path), "--results", str(tmp_path)]
     )
     args.rows = args.rows or list(ablate.ROWS)
-    return ablate.Pieces(args).stages
+    return ablate.pieces(args)
+
+
+def kinds(found):
+    return [sum(piece.kind == kind for piece in found.values()) for kind in ("data", "stage 1", "stage 2", "result")]
 
 
 def test_rows_that_differ_in_stage_2_alone_share_data_and_stage_1(tmp_path):
     """full, S8 and D2: one data folder, one stage 1 a seed, a stage 2 and a score each; S4 needs data of its own."""
-    assert [len(stage) for stage in plan(tmp_path, "full", "S8", "D2")] == [1, 2, 6, 6]
-    assert [len(stage) for stage in plan(tmp_path, "full", "S4")] == [2, 4, 4, 4]
-    assert [len(stage) for stage in plan(tmp_path, "full", "S1", "concat")] == [1, 6, 6, 6]
-    assert [len(stage) for stage in plan(tmp_path, "full", "unfiltered")] == [2, 2, 4, 4], "stage 1 sees no pseudo cues"
-    assert [len(stage) for stage in plan(tmp_path, "full", "dark")] == [1, 2, 2, 4], "judged otherwise, trained alike"
+    assert kinds(plan(tmp_path, "full", "S8", "D2")) == [1, 2, 6, 6]
+    assert kinds(plan(tmp_path, "full", "S4")) == [2, 4, 4, 4]
+    assert kinds(plan(tmp_path, "full", "S1", "concat")) == [1, 6, 6, 6]
+    assert kinds(plan(tmp_path, "full", "unfiltered")) == [2, 2, 4, 4], "stage 1 sees no pseudo cues"
+    assert kinds(plan(tmp_path, "full", "dark")) == [1, 2, 2, 4], "judged otherwise, trained alike"
 
 
 def test_every_row_is_made_of_commands_that_exist(tmp_path):
     """Each command is accepted by the program that it calls, and no two pieces make the same thing."""
     parsers = {"data.py": data.parse_args, "train.py": train.parse_args, "judge.py": judge.parse_args}
-    stages = plan(tmp_path)
-    assert sum(map(len, stages)) == len({target for stage in stages for target in stage})
-    for stage in stages:
-        for target, command in stage.items():
-            _, args = parsers[command[1]]([str(word) for word in command[2:]])
-            made = args.output / target.name if target.suffix != ".json" else args.output
-            assert made == target
-    scores = {target.stem: judge.parse_args([str(w) for w in c[2:]])[1] for target, c in stages[3].items()}
+    found = plan(tmp_path)
+    for target, piece in found.items():
+        _, args = parsers[piece.command[1]]([str(word) for word in piece.command[2:]])
+        made = args.output / target.name if target.suffix != ".json" else args.output
+        assert made == target
+    begun = list(found)
+    assert all(begun.index(before) < begun.index(target) for target, piece in found.items() for before in piece.after)
+    commands = {
+        target.stem: [str(word) for word in piece.command[2:]]
+        for target, piece in found.items()
+        if piece.kind == "result"
+    }
+    scores = {name: judge.parse_args(words)[1] for name, words in commands.items()}
     assert scores["S1-0"].face == "none" and scores["S6-1"].location == "none" and scores["S3-0"].pose_cue == "rgb"
 
 
@@ -59,8 +68,10 @@ def test_the_rows_of_the_papers_tables_are_all_there():
 
 def test_results_of_other_settings_do_not_pass_for_finished(tmp_path):
     """Neither those of --quick, which have folders of their own, nor those of other steps or pairs."""
-    (target, command), *_ = plan(tmp_path, "full")[3].items()
-    target.write_text(json.dumps({"checkpoint": command[2].name, "pairs": 64}))
+    target, piece = [(t, p) for t, p in plan(tmp_path, "full").items() if p.kind == "result"][0]
+    command = piece.command
+    fill(tmp_path, full=[1])
+    target.write_text(json.dumps(json.loads(target.read_text()) | {"checkpoint": command[2].name, "pairs": 64}))
     ablate.check_results({target: command}, 64)
     with pytest.raises(ValueError, match="take another --results"):
         ablate.check_results({target: command}, 2)
@@ -74,6 +85,32 @@ def test_a_failing_piece_names_its_command_and_log(tmp_path):
     assert "broken" in (tmp_path / "logs" / f"{tmp_path.name}-never.log").read_text()
 
 
+def test_a_piece_that_fails_stops_only_what_needs_it(tmp_path):
+    def piece(target, words, *after):
+        code = f"import pathlib; pathlib.Path({str(target)!r}).touch()" if words == "works" else "raise SystemExit(1)"
+        return target, ablate.Piece("data", [sys.executable, "-c", code], after, 1.0)
+
+    a, b, c = (tmp_path / name for name in "abc")
+    _, args = ablate.parse_args(["run", "--work", str(tmp_path), "--jobs", "2"])
+    with pytest.raises(OSError) as failure:
+        ablate.work_off(dict([piece(a, "fails"), piece(b, "works", a), piece(c, "works")]), args)
+    assert not b.exists() and c.exists() and str(failure.value).count("failed, see") == 1
+
+
+@pytest.mark.slow
+def test_quick_trains_and_judges_some_rows_and_does_nothing_twice(tmp_path, capsys):
+    words = ["run", "--quick", "--work", str(tmp_path / "w"), "--results", str(tmp_path / "r")]
+    ablate.main(words)
+    assert {path.name for path in (tmp_path / "r/quick").iterdir()} == {f"{name}-0.json" for name in ablate.QUICK}
+    capsys.readouterr()
+    ablate.main(words)
+    assert "missing: nothing" in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(ablate.MARKS))
+    ablate.main(["table", "--results", str(tmp_path / "r/quick"), "--readme", str(page)])
+    assert page.read_text().count("too few seeds") == 3
+
+
 # ---- the ledger ----------------------------------------------------------------------------------------------------
 
 
@@ -83,23 +120,43 @@ def fill(folder, **rows):
         for seed, value in enumerate(values):
             answers = {a: {m: value for m in ablate.METERS} for a in ("seed 0", "still reference", "driver's frames")}
             curve = [[100, value + 2], [200, value + 1], [300, value]]
-            result = {"answers": answers, "training": {"held_out": curve}}
+            training = {"held_out": curve, "steps": 300, "batch": 4}
+            result = {"answers": answers, "training": training, "pairs": 64, "sampling_steps": 10}
             (folder / f"{name.replace('_', '-')}-{seed}.json").write_text(json.dumps(result))
 
 
 @pytest.mark.parametrize(
-    "full, row, said",
+    "full, row, seen",
     [
-        ([10, 11, 12], [12, 13.1, 14], "holds"),
-        ([10, 11, 12], [8, 9.1, 10], "does not hold"),
-        ([10, 11, 12], [10.5, 10.9, 12.1], "null"),  # two of three agree
-        ([10, 11, 12], [10.1, 11.1, 19], "null"),  # all agree, but one seed carries it: 2.73 < 2 x 2.63
+        ([10, 11, 12], [12, 13.1, 14], "better"),
+        ([10, 11, 12], [8, 9.1, 10], "worse"),
+        ([10, 11, 12], [10.5, 10.9, 12.1], "no difference"),
+        ([10, 11, 12], [11, 13, 15], "no difference"),  # 2 is less than 4.30 x 0.577
         ([10, 11], [12, 13], "too few seeds"),
     ],
 )
-def test_the_verdict_follows_the_stated_rule(full, row, said):
-    assert ablate.verdict(dict(enumerate(row)), dict(enumerate(full)), "masked_l1") == said
-    assert ablate.verdict(dict(enumerate(full)), dict(enumerate(row)), "identity") == said, "where high is good"
+def test_gains_follow_the_stated_rule(full, row, seen):
+    assert ablate.gain(dict(enumerate(row)), dict(enumerate(full)), "masked_l1")[2] == seen
+    assert ablate.gain(dict(enumerate(full)), dict(enumerate(row)), "identity")[2] == seen, "where high is good"
+
+
+def test_verdicts_depend_on_what_the_paper_claims():
+    said = {seen: ablate.verdict(ablate.ROWS["S8"], seen) for seen in ("better", "worse", "no difference")}
+    assert said == {"better": "holds", "worse": "does not hold", "no difference": "null"}
+    robust = ablate.ROWS["lambda1"]
+    assert ablate.verdict(robust, "no difference").startswith("holds")
+    assert ablate.verdict(robust, "better") == "does not hold (better)"
+
+
+def test_results_of_two_kinds_make_no_ledger(tmp_path):
+    fill(tmp_path, full=[1, 2], S8=[3])
+    path = tmp_path / "S8-0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pairs": 4}))
+    with pytest.raises(ValueError, match="full-0.json and S8-0.json differ"):
+        ablate.read_results(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="S8-0.json: not a result"):
+        ablate.read_results(tmp_path)
 
 
 def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(tmp_path):
@@ -110,10 +167,11 @@ def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(
         ablate.main(["table", "--results", str(tmp_path), "--readme", str(page)])
     text = page.read_text()
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "outdated" not in text
-    assert text.count("| 1.10 ± 0.10 | 2.10 ± 0.10 | holds |") == 1, "S8"
-    assert text.count("| 1.10 ± 0.10 | 1.13 ± 0.15 | null |") == 1, "S1"
+    assert text.count("| 1.10 ± 0.10 | 2.10 ± 0.10 | 1.00 ± 0.00 | holds |") == 1, "S8"
+    assert text.count("| 1.10 ± 0.10 | 1.13 ± 0.15 | 0.03 ± 0.03 | null |") == 1, "S1"
     assert (
-        text.count("| 1.10 ± 0.10 | 3.10 ± 0.10 | holds |") == text.count("| 1.10 ± 0.10 | 4.10 ± 0.10 | holds |") == 1
+        text.count("| 1.10 ± 0.10 | 3.10 ± 0.10 | 2.00 ± 0.00 | holds |") == 1
+        and text.count("| 1.10 ± 0.10 | 4.10 ± 0.10 | 3.00 ± 0.00 | holds |") == 1
     )
     assert "seed by seed: 1.50, 1.50, 1.50" in text, "full falls to 2 at step 200, S8 at 300"
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("rows.png", "same2x.png"))

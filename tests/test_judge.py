@@ -1,5 +1,6 @@
 """The judge of the drawn world is right about the truth itself, and about known mistakes."""
 
+import json
 import warnings
 
 import cv2
@@ -87,6 +88,19 @@ def test_what_is_wrong_but_not_the_drivers_is_no_leak(pairs):
         for wrong in (still, blurred, np.full_like(still, 128)):
             found = judge.leaks(pair, wrong)
             assert max(found["leak_color"], found["leak_texture"], found["leak_outline"]) < 0.25, found
+
+
+def test_a_run_is_judged_by_the_cues_that_it_was_trained_with(tmp_path):
+    run, looks = tmp_path / "run", dict(pose_cue="skeleton", joint_noise=2.0, face_cue="centered")
+    run.mkdir()
+    (tmp_path / "toy.json").write_text(json.dumps(looks))
+    (run / "config.json").write_text(json.dumps(dict(data=str(tmp_path), location="soft", face="none")))
+    judged = lambda *flags: judge.check_looks(judge.parse_args([str(run), *flags])[1])  # noqa: E731
+    with pytest.raises(ValueError, match="--face centered: .* was trained with --face none"):
+        judged()
+    with pytest.raises(ValueError, match="--joint-noise 0.0: .* was trained with --joint-noise 2.0"):
+        judged("--face", "none", "--pose-cue", "skeleton")
+    judged("--face", "none", "--pose-cue", "skeleton", "--joint-noise", "2")
 
 
 def test_an_empty_picture_has_no_pose(pairs):
