@@ -154,10 +154,10 @@ def keypoint_consistency(driver: np.ndarray, generated: np.ndarray, diagonal: fl
 
 
 def remove_similarity(driver: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """`driver` moved onto `generated`, (T, K, 3), by the one scale and shift a clip that fit best.
+    """`driver` moved onto `generated`, (T, K, 3), by the one scale and shift a clip that make size and centre equal.
 
-    Least squares over all shared points: scale = sum (p - mean p)(q - mean q) / sum (p - mean p)^2. Another
-    person's body has another size and place, which is no error of the motion.
+    Over all shared points: scale^2 = sum |q - mean q|^2 / sum |p - mean p|^2. Another person's body has another size
+    and place, which is no error of the motion. Least squares would shrink a driver who moves otherwise to a point.
     """
     shared = shared_points(driver, generated)
     if not shared.any():
@@ -165,7 +165,7 @@ def remove_similarity(driver: np.ndarray, generated: np.ndarray) -> np.ndarray:
     p, q = driver[shared, :2], generated[shared, :2]
     p0, q0 = p.mean(0), q.mean(0)
     spread = np.square(p - p0).sum()
-    scale = ((p - p0) * (q - q0)).sum() / spread if spread else 1.0
+    scale = np.sqrt(np.square(q - q0).sum() / spread) if spread else 1.0
     return np.concatenate((scale * (driver[..., :2] - p0) + q0, driver[..., 2:]), -1)
 
 
@@ -283,6 +283,7 @@ def load_body() -> Callable:
 PYTORCH = "https://download.pytorch.org/models/"
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
 NETWORKS = {  # loader of args, the metrics that need it, where its weights are
+    "skimage": (lambda args: __import__("skimage.metrics"), "ssim", "pip install -r requirements-eval.txt"),
     "lpips": (lambda args: load_lpips(), "lpips", f"{PYTORCH}vgg16-397923af.pth"),
     "inception": (lambda args: load_inception(), "fid", INCEPTION),
     "i3d": (lambda args: load_i3d(args.i3d), "fvd", I3D_URL),
@@ -292,12 +293,13 @@ NETWORKS = {  # loader of args, the metrics that need it, where its weights are
 FACELESS = "no face in any frame, or none in the reference"
 APART = "no frame shows a point of both"
 OURS = "ours, as the paper's needs DWPose: mean distance / diagonal of the driver's points"
+SIZE = "at the truth's size or --size; the field prints 256x256"
 ROWS = {  # row: the metrics that ask for it, name, definition, why a clip may lack it
-    "ssim": ("ssim", "SSIM ↑", "skimage, gray uint8, 7x7 window", ""),
-    "psnr": ("psnr", "PSNR ↑", "dB, float64; inf if one frame is equal", ""),
+    "ssim": ("ssim", "SSIM ↑", f"skimage, gray uint8, 7x7 window, {SIZE}", ""),
+    "psnr": ("psnr", "PSNR ↑", f"dB, float64, {SIZE}; inf if one frame is equal", ""),
     "psnr_uint8": ("psnr", "PSNR, uint8 overflow", "dB, wraps around, as in many papers' tables", ""),
     "l1": ("l1", "L1 (E-04) ↓", "mean of abs(a - b), 0..255, / 256^2, both squeezed to 256x256", ""),
-    "lpips": ("lpips", "LPIPS ↓", "VGG, inputs in [0, 1], as in most papers' tables", ""),
+    "lpips": ("lpips", "LPIPS ↓", f"VGG, inputs in [0, 1], as in most papers' tables, {SIZE}", ""),
     "lpips_normalized": ("lpips", "LPIPS, normalized ↓", "VGG, inputs in [-1, 1], as it was trained", ""),
     "fid": ("fid", "FID ↓", "pytorch-fid, 2048-d, all frames pooled", "fewer than 2 frames"),
     "fvd": (
@@ -309,10 +311,10 @@ ROWS = {  # row: the metrics that ask for it, name, definition, why a clip may l
     "fis": ("fis", "FIS ↑", "cos(ArcFace(frame), ArcFace(reference))", FACELESS),
     "fts": ("fts", "FTS ↑", "cos(ArcFace(frame), ArcFace(next frame))", "no two faces in a row"),
     "face_rate": ("fis fts", "faces found", "share of generated frames; FIS and FTS skip the others", ""),
-    "plc": ("plc", "PLC, our variant ↓", f"{OURS}, 17 COCO joints", APART),
+    "plc": ("plc", "PLC, our variant ↓", f"{OURS}, 17 COCO joints or those of --keypoints", APART),
     "plc_image": ("plc", "PLC / frame ↓", "the same / diagonal of the frame", APART),
     "plc_rate": ("plc", "joints compared", "share of those seen in the driver", APART),
-    "flc": ("flc", "FLC, our variant ↓", f"{OURS}, face landmarks", APART),
+    "flc": ("flc", "FLC, our variant ↓", f"{OURS}, insightface's landmarks or those of --keypoints", APART),
     "flc_image": ("flc", "FLC / frame ↓", "the same / diagonal of the frame", APART),
     "flc_rate": ("flc", "landmarks compared", "share of those seen in the driver", APART),
     "masked_l1": ("masked", "L1 in the mask ↓", "gray levels, 0..255", "the masks are empty"),
@@ -481,15 +483,16 @@ def read_points(path: Path) -> dict[str, np.ndarray]:
     """.npz of driver_body and generated_body, or driver_face and generated_face, or all: see --keypoints."""
     try:
         with np.load(path) as file:
-            points = {key: np.float64(file[key]) for key in file.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            names, wanted = file.files, [f"{role}_{kind}" for kind in KIND.values() for role in ("driver", "generated")]
+            points = {key: np.float64(file[key]) for key in wanted if key in names}
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"--keypoints {path} is not an .npz of arrays ({brief(error)})") from None
     for kind in KIND.values():
         shapes = [points[key].shape for key in (f"driver_{kind}", f"generated_{kind}") if key in points]
         if len(shapes) == 1 or shapes and (shapes[0] != shapes[1] or shapes[0][2:] != (3,)):
             raise ValueError(f"--keypoints {path}: driver_{kind} and generated_{kind} must both be (T, K, 3)")
     if not points.keys() & {"driver_body", "driver_face"}:
-        raise ValueError(f"--keypoints {path} has neither driver_body nor driver_face, only {list(points)}")
+        raise ValueError(f"--keypoints {path} has neither driver_body nor driver_face, only {names}")
     return points
 
 
@@ -510,6 +513,10 @@ def find_clips(args) -> list[Clip]:
         still = pictures[name].suffix.lower() in PICTURES
         reference = read_image(pictures[name]) if still else next(iter(Video(pictures[name])))
         paths = {role: found[name] for role, found in given.items()}
+        lengths = {path: Video(path).frames for path in paths.values()}  # before hours of work, not amid them
+        if len(set(lengths.values())) > 1:
+            said = ", ".join(f"{path} {length} frames" for path, length in lengths.items())
+            raise ValueError(f"clips of one name must be of one length, not {said}")
         clips.append(Clip(name, paths, reference, read_points(points[name]) if points else None))
     return clips
 
@@ -567,6 +574,10 @@ def check_flags(args) -> None:
     for flag, metrics in readers.items():
         if getattr(args, flag) and not set(metrics.split()) & set(args.metrics):
             raise ValueError(f"--{flag.replace('_', '-')} serves only {metrics}: drop it or add to --metrics")
+    if args.cross_id and (true := [m for m in args.metrics if m not in ("fis", "fts", "plc", "flc")]):
+        raise ValueError(f"across identities there is no truth for {','.join(true)}: give --metrics fis,fts,plc,flc")
+    if args.cross_id and "fis" in args.metrics and not args.reference:
+        raise ValueError("across identities the truth's face is the driver's: give FIS the person by --reference")
     for name in ("generated", "truth", "driver", "masks", "reference", "keypoints", "i3d"):
         path = getattr(args, name)
         if path and not path.exists():

@@ -290,12 +290,15 @@ def test_similarity_is_removed_and_nothing_else():
     assert evaluate.keypoint_consistency(evaluate.remove_similarity(driver, moved), moved) < 1e-12
     drifting = driver + np.arange(6)[:, None, None] * (9, 0, 0)
     assert evaluate.keypoint_consistency(evaluate.remove_similarity(driver, drifting), drifting) > 0.05
-    p, q = driver[..., :2].reshape(-1, 2), drifting[..., :2].reshape(-1, 2)
-    ones, zeros = np.ones(len(p)), np.zeros(len(p))
-    system = np.stack((np.r_[p[:, 0], p[:, 1]], np.r_[ones, zeros], np.r_[zeros, ones]), 1)
-    scale, *shift = np.linalg.lstsq(system, np.r_[q[:, 0], q[:, 1]], rcond=None)[0]
-    fitted = evaluate.remove_similarity(driver, drifting)[..., :2]
-    assert np.allclose(fitted, scale * driver[..., :2] + shift)
+    other = random_points(7)
+    other[..., 2] = 1
+    fitted = evaluate.remove_similarity(driver, other)[..., :2].reshape(-1, 2)
+    centre = lambda points: [sum(p[k] for p in points) / len(points) for k in range(2)]  # noqa: E731
+    size = lambda points: sum((p[k] - centre(points)[k]) ** 2 for p in points for k in range(2))  # noqa: E731
+    onto = other[..., :2].reshape(-1, 2)
+    assert np.allclose(centre(fitted), centre(onto)) and size(fitted) == pytest.approx(size(onto)), "not shrunk"
+    steps = np.diff(fitted, axis=0) / np.diff(driver[..., :2].reshape(-1, 2), axis=0)
+    assert np.allclose(steps, steps[0, 0]) and steps[0, 0] > 0, "one positive scale"
     unseen = np.zeros_like(driver)
     assert evaluate.remove_similarity(unseen, moved) is unseen
 
@@ -583,6 +586,11 @@ def test_user_mistakes_end_in_one_sentence(folders, capsys):
     assert "9 frames" in mistake(capsys, *one, "--metrics", "plc", "--keypoints", text)
     np.savez(text, body=random_points(0, 9))
     assert "driver_body" in mistake(capsys, *one, "--metrics", "plc", "--keypoints", text)
+    with open(text, "wb") as file:
+        np.save(file, random_points(0, 3))
+    assert "is not an .npz" in mistake(capsys, *one, "--metrics", "plc", "--keypoints", text)
+    assert "no truth for psnr" in mistake(capsys, *one, "--metrics", "psnr,plc", "--cross-id")
+    assert "by --reference" in mistake(capsys, *one, "--metrics", "fis,plc", "--cross-id")
     assert "text.npz" in mistake(capsys, *one, "--metrics", "fvd", "--i3d", text)
     assert "text.npz" in mistake(capsys, *one, "--metrics", "fis", "--face-model", text)
     small = [save_frames(folders / name, pictures(0, 6, 9)) for name in ("s", "r")]
