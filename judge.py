@@ -322,7 +322,7 @@ def history(checkpoint: Path) -> dict:
         return {}
     lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
     held_out = [(line["step"], round(line["held_out"], 6)) for line in lines if "held_out" in line]
-    kept = "steps", "batch", "lr", "seed", "s2x_weight", "align_depth", "init", "cue_injection"
+    kept = "steps", "batch", "lr", "seed", "cooldown", "s2x_weight", "align_depth", "init", "cue_injection"
     settings = json.loads((checkpoint / "config.json").read_text())
     return {name: settings[name] for name in kept} | {"held_out": held_out}
 

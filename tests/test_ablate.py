@@ -140,6 +140,16 @@ def test_gains_follow_the_stated_rule(full, row, seen):
     assert ablate.gain(dict(enumerate(full)), dict(enumerate(row)), "identity")[2] == seen, "where high is good"
 
 
+def test_speed_is_compared_before_the_cool_down_and_between_evaluations():
+    run = lambda *losses: {  # noqa: E731
+        "training": {"steps": 400, "cooldown": 0.25, "held_out": [(100 * k + 100, x) for k, x in enumerate(losses)]}
+    }
+    slow = run(5, 4, 3, 1)  # 1 is reached in the cool-down
+    assert ablate.speed_up(slow, run(5, 2, 2, 2)) == pytest.approx(300 / (100 + 100 * 2 / 3))
+    assert ablate.speed_up(slow, run(2.5, 2, 2, 2)) == 3 and ablate.speed_up(slow, slow) == 1
+    assert ablate.speed_up(slow, run(5, 4, 3.1, 1)) is None
+
+
 def test_verdicts_depend_on_what_the_paper_claims():
     said = {seen: ablate.verdict(ablate.ROWS["S8"], seen) for seen in ("better", "worse", "no difference")}
     assert said == {"better": "holds", "worse": "does not hold", "no difference": "null"}
@@ -173,7 +183,7 @@ def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(
         text.count("| 1.10 ± 0.10 | 3.10 ± 0.10 | 2.00 ± 0.00 | holds |") == 1
         and text.count("| 1.10 ± 0.10 | 4.10 ± 0.10 | 3.00 ± 0.00 | holds |") == 1
     )
-    assert "seed by seed: 1.50, 1.50, 1.50" in text, "full falls to 2 at step 200, S8 at 300"
+    assert "| `full` against `S8` | 6.7 | 2.00, 2.00, 2.00 | sooner |" in text, "full has 3 at step 100, S8 at 200"
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("rows.png", "same2x.png"))
 
 
