@@ -50,6 +50,7 @@ from data import (
 from diffusion import Schedule, ddim, dpm_solver, windows
 from evaluate import masked_l1, masked_psnr
 from load_cogvideox import check_dit, load_weights, pick_device
+from vae import VAE_PRESETS
 from video import HelpFormatter, check_output, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
@@ -257,6 +258,10 @@ def score(args) -> dict:
     """Numbers of the model, for each sampling seed, and of the trivial answers: means over pairs."""
     if min(args.pairs, args.seeds, args.rows) < 1:
         raise ValueError(f"--pairs {args.pairs} --seeds {args.seeds} --rows {args.rows}: give at least 1 of each")
+    if args.strength != 1 and args.degrade == "none":
+        raise ValueError(f"--strength {args.strength:g} is of --degrade: name what is wrong with the driving clips")
+    if args.joint_noise and args.pose_cue != "skeleton":
+        raise ValueError(f"--joint-noise {args.joint_noise:g} is of skeletons: give --pose-cue skeleton")
     for path, suffixes in ((args.sheet, (".png", ".gif")), (args.output, (".json",))):
         if path:
             check_output(path, suffixes=suffixes)
@@ -266,7 +271,7 @@ def score(args) -> dict:
         raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
     dtype = pick_device("cpu")[1]
     model, header = load_weights(args.checkpoint, dtype)
-    vae = load_weights(args.vae, dtype)[0].eval()
+    vae = load_weights(args.vae, dtype, VAE_PRESETS["toy"])[0].eval()
     seeds = [f"seed {s}" for s in range(args.seeds)]
     rows = {name: [] for name in ("truth", "still reference", "driver's frames", *seeds)}
     shown, together = [], max(8 * FRAMES // args.frames, 1)

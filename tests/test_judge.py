@@ -156,6 +156,12 @@ def test_long_clips_are_sampled_in_windows_and_measured_over_time(monkeypatch):
     assert stop.value.code == 2
 
 
+def test_a_vae_that_is_none_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        judge.main(["--vae", str(judge.ASSETS / "toy.safetensors")])
+    assert stop.value.code == 2 and "holds a DiT" in capsys.readouterr().err
+
+
 def test_summary_takes_the_median_over_all_joints():
     rows = [{"masked_l1": 1.0, "joint_error": [0.0, 0.0, 9.0]}, {"masked_l1": 3.0, "joint_error": [5.0, 7.0]}]
     assert judge.summary(rows) == {"masked_l1": 2.0, "joint_error": 5.0}
@@ -188,6 +194,8 @@ def test_a_sheet_shows_reference_driver_output_and_truth(pairs, tmp_path):
         (["--sheet", "nofolder/x.png"], "nofolder does not exist"),
         (["--sheet", "x.jpg"], "must end in .png or .gif"),
         ([str(judge.ASSETS / "toy-vae.safetensors")], "holds a CausalVAE"),
+        (["--strength", "0.5"], "--strength 0.5 is of --degrade"),
+        (["--joint-noise", "2"], "--joint-noise 2 is of skeletons"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_sampled(flags, said, capsys, monkeypatch):
