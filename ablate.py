@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +100,8 @@ class Piece(NamedTuple):
 def pieces(args) -> dict[Path, Piece]:
     """What `run` has to do for some rows and seeds, row by row: what is made, and how."""
     found, work, (steps1, steps2) = {}, args.work, args.steps
-    common = ["--preset", "toy", "--ema", "0.99", "--save-every", "500", "--device", "cpu", "--resume"]
+    device = ["--device", args.device] if args.device else []
+    common = ["--preset", "toy", "--ema", "0.99", "--save-every", "500", "--resume", *device]
     common += ["--compile"] * args.compile
     step = 0.5 if args.compile else 0.8
 
@@ -113,7 +114,7 @@ def pieces(args) -> dict[Path, Piece]:
         for flags in (row.looks, row.looks + row.data):  # stage 1 sees no pseudo cues
             folder = work / f"data-{slug(*flags)}-{args.clips}"
             add("data", folder / "clips.jsonl", 1.7 * (args.clips + args.held_out), [], "data.py", "toy", "-o", folder,
-                "--clips", args.clips, "--held-out", args.held_out, "--variants", "1", "--workers", args.jobs, *flags)
+                "--clips", args.clips, "--held-out", args.held_out, "--variants", "1", "--workers", args.jobs, *device, *flags)
             folders.append(folder)
         for seed in range(args.seeds):
             trained = f"{slug(*row.looks, *row.both)}-{args.clips}-{steps1}"
@@ -127,7 +128,7 @@ def pieces(args) -> dict[Path, Piece]:
                 "--teacher", first, *row.second)
             add("result", args.results / f"{name}-{seed}.json", 2.5 * args.pairs, [last2], "judge.py", second, "--seeds", "1",
                 "--pairs", args.pairs, "--sampler", "ddim", "--steps", "10", "-o", args.results / f"{name}-{seed}.json",
-                *row.looks, *row.judge)
+                *device, *row.looks, *row.judge)
     return found
 # fmt: on
 
@@ -165,27 +166,29 @@ def run(args) -> None:
 
 
 def work_off(todo: dict[Path, Piece], args) -> None:
-    """The pieces in their order, `jobs` at a time. One that fails stops only what needs it."""
+    """The pieces in their order, `jobs` at a time, each when what it needs is there. One that fails stops only what needs it."""
     bar = tqdm(total=round(sum(piece.seconds for piece in todo.values())), desc="ablate", unit="s of a core")
-    futures: dict[Path, Future] = {}
-
-    def make(target: Path, piece: Piece) -> None:
-        for before in piece.after:  # begun earlier: nobody waits for what nobody works on
-            if before in futures and futures[before].exception():
-                raise futures[before].exception()
-        execute(args.work, target, piece.command)
-        bar.update(round(piece.seconds))
-
+    waiting, running, failed = dict(todo), {}, {}
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        for target, piece in todo.items():
-            futures[target] = pool.submit(make, target, piece)
-        wait(futures.values())
+        while waiting or running:
+            for target, piece in list(waiting.items()):
+                if lost := [before for before in piece.after if before in failed]:
+                    failed[target] = failed[lost[0]]
+                    del waiting[target]
+                elif len(running) < args.jobs and not any(b in waiting or b in running.values() for b in piece.after):
+                    running[pool.submit(execute, args.work, target, piece.command)] = target
+                    del waiting[target]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                target = running.pop(future)
+                bar.update(round(todo[target].seconds))
+                if future.exception():
+                    failed[target] = str(future.exception())
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    if failures := {str(f.exception()): None for f in futures.values() if f.exception()}:
-        raise OSError("; ".join(failures))
+    if failed:
+        raise OSError("; ".join(dict.fromkeys(failed.values())))
 
 
 def check_results(results: dict[Path, list], pairs: int) -> None:
@@ -418,6 +421,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--pairs", type=natural, default=32, help="pairs to judge a model by")
     add("--eval-every", type=natural, default=100, help="steps of stage 2 between held-out losses")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="train.py --compile: needs a C++ compiler")
+    add("--device", help="cuda, mps or cpu (default: the best one present), shared by all jobs")
     add("--jobs", type=natural, default=os.cpu_count(), help="pieces at a time, a core each")
     add("--work", type=Path, default=Path("runs/ablate"), help="folder for data and runs")
     add("--results", type=Path, default=Path("results"), help="folder for the numbers")

@@ -49,6 +49,7 @@ AUTOCAST = "bfloat16 autocast over float32"
 MIDDLE = DiTConfig(1024, 6, 16, 32, 16, 256, 512, True, 0, "cuefusion")  # 116 M parameters, for training
 FRAME_RATE = 40  # frames a second that cue making should reach on two cores
 SECONDS = 25  # that 49 frames at 512x512 in 50 steps should take at most on one H100
+OFFLOAD_GIB = 16  # that the same may hold on the GPU with --offload
 TABLE_7 = {"the paper's ms": 31, "the paper's s (H20)": 152.8}
 Sides, Times = dict[str, Callable], dict[str, list[float]]
 
@@ -81,8 +82,8 @@ class Setting:
             return DIT_PRESETS["tiny"], 4, 8, 8
         return DIT_PRESETS["cogvideox1.5-5b"], *((14, 64, 226) if self.gpu else (4, 32, 226))
 
-    def times(self, sides: Sides) -> Times:
-        return alternate(sides, self.repeats, torch.cuda.synchronize if self.gpu else lambda: None)
+    def times(self, sides: Sides, warm_up: bool = True) -> Times:
+        return alternate(sides, self.repeats, warm_up, torch.cuda.synchronize if self.gpu else lambda: None)
 
     def modes(self, *stacks: nn.ModuleList) -> Iterator[str]:
         """eager, and on a GPU then compiled: block by block, so that one compilation serves a whole stack."""
@@ -96,10 +97,10 @@ class Setting:
 # ---- time and memory ---------------------------------------------------------------------------------------
 
 
-def alternate(sides: Sides, repeats: int, wait=lambda: None, clock=time.perf_counter) -> Times:
-    """Seconds of each side's runs, in turn, after one warm-up of each; `wait` returns on an idle device."""
+def alternate(sides: Sides, repeats: int, warm_up=True, wait=lambda: None, clock=time.perf_counter) -> Times:
+    """Seconds of each side's runs, in turn, after one of each that warms up; `wait` returns on an idle device."""
     times = {name: [] for name in sides}
-    for turn in range(1 + repeats):
+    for turn in range(not warm_up, 1 + repeats):
         for name, run in sides.items():
             wait()
             began = clock()
@@ -590,15 +591,21 @@ def bench_pipeline(setting: Setting) -> Iterator[dict]:
     steps, log, their_log = 50 if setting.gpu and not setting.small else 2, [], []
     sides = {"ours": our_pipeline(vae, dit, given, steps, device, log)}
     sides |= {"diffusers": their_pipeline(*theirs, given, steps, their_log)}
+    short = {
+        "ours": our_pipeline(vae, dit, given, 2, device, [])
+    }  # to warm up, and for the peak: each step has the same
+    short |= {"diffusers": their_pipeline(*theirs, given, 2, [])}
     words = f"{frames} frames {side}x{side}, {config.depth} blocks of {config.dim}, {steps} steps, guidance"
+    if setting.gpu:
+        yield offloaded(vae, dit, given, device, words)
     for mode in setting.modes(dit.blocks, theirs[1].transformer_blocks):
         log.clear(), their_log.clear()
-        times = setting.times(sides)
-        runs = list(zip(times["ours"], times["diffusers"], log[1:], their_log[1:]))  # [0] is the warm-up
+        held = {f"{name} peak MiB": peak(run, device) / MIB for name, run in short.items()}
+        times = setting.times(sides, warm_up=False)
+        runs = list(zip(times["ours"], times["diffusers"], log, their_log))
         figures = {"ratio but for encoding cues": median(b / (a - encode) for a, b, (encode, _), _ in runs)}
         if setting.gpu:
-            figures |= {f"{name} s": median(seconds) for name, seconds in times.items()}
-            figures |= {f"{name} peak MiB": peak(run, device) / MIB for name, run in sides.items()}
+            figures |= {f"{name} s": median(seconds) for name, seconds in times.items()} | held
         else:
             longer = median((b + 48 * their_step) / (a + 48 * step) for a, b, (_, step), their_step in runs)
             figures["ratio at 50 steps, calculated"] = longer
@@ -611,6 +618,19 @@ def bench_pipeline(setting: Setting) -> Iterator[dict]:
             yield row(what, words, seconds / SECONDS, **figures, **TABLE_7)
         else:
             yield row("Table 7: making cues (masks given) / generation", words, making / seconds)
+
+
+def offloaded(vae: CausalVAE, dit: DiT, given: dict, device, words: str) -> dict:
+    """Peak memory of 2 steps of a DiT that waits in host memory, block by block, as with sample.py --offload."""
+    import sample
+
+    args, log = sample.parse_args(["--preset", "tiny", "--offload"])[1], []
+    cold, before = copy.deepcopy(dit).to("cpu"), torch.cuda.memory_allocated() - sum(p.nbytes for p in vae.parameters())
+    sample.place(args, cold, device, BF16)
+    here = torch.cuda.memory_allocated() - before
+    gib = (here + peak(our_pipeline(vae, cold, given, 2, device, log), device)) / 2**30
+    what = f"--offload: peak over {OFFLOAD_GIB} GiB (aim: at most 1)"
+    return row(what, words, gib / OFFLOAD_GIB, repeats=1, **{"peak GiB": gib, "a step, s": log[0][1]})
 
 
 # ---- the command -------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import sys
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import tee
@@ -529,6 +529,8 @@ class Clips:
 class Pictures:
     """What the drawn world's VAE learns from: pieces of drawn clips (two of three), of pose cues and of face cues."""
 
+    skipped = 0  # as Clips counts
+
     def __init__(self, args, clips: int = 500):
         self.args, self.pool = args, []
         for number in tqdm(range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0):
@@ -567,14 +569,44 @@ class Pictures:
         return int(t), int(y), int(x)
 
 
-def prefetched(items: Iterable) -> Iterator:
+class Made(torch.utils.data.Dataset):
+    """make(n) for n = 0, 1, ...; an error is a result like any other, for DataLoader would add a traceback to its words."""
+
+    def __init__(self, make: Callable[[int], object], count: int):
+        self.make, self.count = make, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, n: int):
+        try:
+            return self.make(n)
+        except Exception as error:
+            return error
+
+
+def ahead(items: Iterator) -> Iterator:
     """The items, each made in a thread while the one before it is used."""
-    items, end = iter(items), object()
+    end = object()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # leave the cores to the step
         upcoming = pool.submit(next, items, end)
         while (item := upcoming.result()) is not end:
             upcoming = pool.submit(next, items, end)
             yield item
+
+
+def prefetched(make: Callable[[int], object], count: int, workers: int = 0) -> Iterator:
+    """make(0), make(1), ..., in order and made ahead of their use: in a thread, or in so many processes."""
+    made, pinned = (
+        Made(make, count),
+        torch.cuda.is_available(),
+    )  # from pinned memory a copy to the GPU keeps nobody waiting
+    settings = dict(batch_size=None, num_workers=workers, pin_memory=pinned, multiprocessing_context="fork")
+    items = torch.utils.data.DataLoader(made, **settings) if workers else ahead(map(made.__getitem__, range(count)))
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
 # fmt: off

@@ -215,7 +215,7 @@ def summary(rows: list[dict]) -> dict:
 
 def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's latent (1, 16, h, w), and pose and face cues (1, 6, 17, h, w) with the reference's own at slot 0."""
-    looks = replace(data.toy_looks(args), location=args.location)
+    looks, device = replace(data.toy_looks(args), location=args.location), next(vae.parameters()).device
     draw = data.keyed(FIRST, number)
     seed = FIRST + number
     still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(len(pair.truth.video)))
@@ -225,9 +225,10 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
         _, own = data.toy_pair(place, args, draw)
         rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
         mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
-        streams.append(encode_cues(vae, padded(mixed), "cpu", vae.config.scaling_factor))
+        streams.append(encode_cues(vae, padded(mixed), device, vae.config.scaling_factor))
     pose, face = (torch.cat(two, 1) for two in zip(*streams))
-    return encode_image(vae, to_tensor(pair.reference)[None]), pose, face * (args.face != "none")
+    image = encode_image(vae, to_tensor(pair.reference)[None].to(device))
+    return image, pose.to(device), face.to(device) * (args.face != "none")
 
 
 @torch.inference_mode()
@@ -238,14 +239,14 @@ def generate(
     parts = zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
     image, pose, face = (torch.cat(part) for part in parts)
     generators = [torch.Generator().manual_seed(1000 * seed + n) for n in numbers]
-    draw = lambda: torch.stack([torch.randn(pose[0, :, :16].shape, generator=g) for g in generators])  # noqa: E731
-    text = toy_text().expand(len(pairs), -1, -1)
+    draw = lambda: torch.stack([torch.randn(pose[0, :, :16].shape, generator=g) for g in generators]).to(pose)  # noqa: E731
+    text = toy_text().expand(len(pairs), -1, -1).to(pose)
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
         n = latents.shape[1]
         index = [1 + start if ref_slot == "copy" else 0, *range(1 + start, start + n)]
         x = torch.cat([latents, image_condition(image, n)], dim=2)
-        return model(x, torch.tensor([step]), text, pose[:, index], face[:, index]).float()
+        return model(x, torch.tensor([step], device=x.device), text, pose[:, index], face[:, index]).float()
 
     fused = windows(velocity, pose.shape[1] - 1, WINDOW)
     solver, extra = (dpm_solver, {"noise": draw}) if args.sampler == "dpm" else (ddim, {})
@@ -269,9 +270,9 @@ def score(args) -> dict:
     check_looks(args)
     if args.frames < FRAMES:
         raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
-    dtype = pick_device("cpu")[1]
+    device, dtype, _ = pick_device(args.device)
     model, header = load_weights(args.checkpoint, dtype)
-    vae = load_weights(args.vae, dtype, VAE_PRESETS["toy"])[0].eval()
+    vae = load_weights(args.vae, dtype, VAE_PRESETS["toy"])[0].to(device).eval()
     seeds = [f"seed {s}" for s in range(args.seeds)]
     rows = {name: [] for name in ("truth", "still reference", "driver's frames", *seeds)}
     shown, together = [], max(8 * FRAMES // args.frames, 1)
@@ -283,7 +284,9 @@ def score(args) -> dict:
         rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
         rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
         for seed in range(args.seeds):
-            videos = generate(model.eval(), vae, pairs, numbers, args, seed, header.get("ref_slot", "reference"))
+            videos = generate(
+                model.to(device).eval(), vae, pairs, numbers, args, seed, header.get("ref_slot", "reference")
+            )
             rows[seeds[seed]] += [measure(p, video) for p, video in zip(pairs, videos)]
             if seed == 0 and len(shown) < args.rows:
                 shown += zip(pairs, videos)
@@ -296,6 +299,7 @@ def score(args) -> dict:
         "sampling_steps": args.steps,
         "degrade": args.degrade,
         "strength": args.strength,
+        "machine": machine(device),
     }
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
@@ -305,6 +309,13 @@ def score(args) -> dict:
         write_sheet(args.sheet, shown[: args.rows])
         print(f"wrote {args.sheet}")
     return result
+
+
+def machine(device: torch.device) -> str:
+    """What the numbers were made on: between machines those of one seed differ, by rounding."""
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", device.type)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
+    return f"{name}, PyTorch {torch.__version__.split('+')[0]}"
 
 
 def check_looks(args) -> None:
@@ -381,6 +392,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--strength", type=float, default=1.0, help="of --degrade, 0 to 1")
     add("--sheet", type=Path, metavar="FILE", help=".png or .gif: reference, driver, output and truth of the first pairs")
     add("--rows", type=int, default=6, help="pairs on the sheet")
+    add("--device", help="cuda, mps or cpu (default: the best one present)")
     add("-o", "--output", type=Path, metavar="JSON", help="write the numbers")
     return parser, parser.parse_args(argv)
 # fmt: on

@@ -101,7 +101,9 @@ def t5_name(name: str) -> str | None:
 # ---- device and number format --------------------------------------------------------------------------------------
 
 
-def pick_device(device: str | None = None, dtype: str | None = None) -> tuple[torch.device, torch.dtype, str]:
+def pick_device(
+    device: str | torch.device | None = None, dtype: str | None = None
+) -> tuple[torch.device, torch.dtype, str]:
     """(device, dtype, the reason in words). Never float16: these networks overflow in it."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

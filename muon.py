@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from load_cogvideox import pick_device
+
 ITERATIONS = 5
 A, B, C = 3.4445, -4.7750, 2.0315  # of the paper's quintic: steep at 0, so singular values come to 0.7-1.2 in 5 rounds
 
@@ -19,8 +21,11 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def orthogonal(m: Tensor) -> Tensor:
-    """About U V' of each m = U S V' of (n, rows, columns), by Newton-Schulz iterations; bfloat16 suffices, float64 stays."""
-    x = m if m.dtype == torch.float64 else m.bfloat16()
+    """About U V' of each m = U S V' of (n, rows, columns), by Newton-Schulz iterations.
+
+    bfloat16 suffices where it is fast (a CPU without instructions for it takes a hundred times as long); float64 stays.
+    """
+    x = m if m.dtype == torch.float64 else m.to(pick_device(m.device)[1])
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.mT if m.shape[1] > m.shape[2] else x  # the smaller product
     for _ in range(ITERATIONS):

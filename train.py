@@ -101,6 +101,7 @@ def parse_args(argv=None):
     add("--dtype", choices=["bfloat16", "float32", "float64"],
         help="of the computation; weights stay float32 (default: bfloat16 where fast)")
     add("--device", help="default: cuda if present, else cpu")
+    add("--workers", type=int, default=0, help="processes that make batches ahead; 0: a thread, which is enough for large steps")
     add("--seed", type=int, default=0, help="of every random draw")
     add("--log-every", type=natural, default=20, help="steps between log lines")
     add("--save-every", type=natural, default=500, help="steps between checkpoints")
@@ -122,6 +123,8 @@ def parse_args(argv=None):
     if args.window % 2 == 0 or args.window < 3:
         parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, 4 or more: "
                      f"use {max(args.window - 1, 3)} or {max(args.window + 1, 5)}")
+    if args.workers < 0:
+        parser.error(f"--workers {args.workers}: give 0, which is a thread, or more")
     if args.keep < 0:
         parser.error(f"--keep {args.keep}: give 0, which keeps all, or more")
     if not 0 <= args.ema < 1 or args.clip <= 0:
@@ -429,11 +432,11 @@ def sample_strip(model: DiT, vae: CausalVAE, clips: data.Clips, ranks: Ranks, au
     return np.concatenate([np.concatenate(row) for row in ([reference, *columns])], axis=1)
 
 
-def load_strip_vae(path: Path) -> CausalVAE:
-    """CogVideoX's in bfloat16 and in tiles, ours as it is."""
+def load_strip_vae(path: Path, dtype) -> CausalVAE:
+    """CogVideoX's in tiles, ours as it is."""
     if not (path / "vae").is_dir():
-        return load_weights(path)[0].eval()
-    vae = load_vae(path, torch.bfloat16)
+        return load_weights(path, dtype)[0].eval()
+    vae = load_vae(path, dtype)
     vae.tile(True)
     return vae
 
@@ -570,7 +573,7 @@ def train(args) -> None:
     )
     if args.dry_run:
         return
-    strip_vae = load_strip_vae(args.vae) if args.vae and args.eval_every and args.stage != "vae" else None
+    strip_vae = load_strip_vae(args.vae, compute) if args.vae and args.eval_every and args.stage != "vae" else None
 
     model = build(args)
     if args.shard in ("none", None):  # None: the VAE
@@ -603,20 +606,21 @@ def train(args) -> None:
             with open(run / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def micro_batches():
-        for step in range(start, args.steps):
-            for k in range(args.accumulate):
-                first = (k * ranks.count + ranks.rank) * args.batch
-                yield step, k, clips.batch(step, range(first, first + args.batch), G)
+    def micro_batch(n: int) -> tuple[dict, int]:
+        """Number n of this rank from `start` on, and how many samples of it stand in for damaged ones."""
+        (step, k), before = divmod(n, args.accumulate), clips.skipped
+        first = (k * ranks.count + ranks.rank) * args.batch
+        batch = clips.batch(start + step, range(first, first + args.batch), G)
+        return batch, clips.skipped - before
 
-    meter, began, waited, flops = Meter(ranks.device), time.perf_counter(), 0.0, 0.0
-    batches = data.prefetched(micro_batches())
-    while True:
+    meter, began, waited, flops, skipped = Meter(ranks.device), time.perf_counter(), 0.0, 0.0, 0
+    total = max(args.steps - start, 0) * args.accumulate
+    batches = data.prefetched(micro_batch, total, args.workers)
+    for n in range(total):
         before = time.perf_counter()
-        step, k, batch = next(batches, (None, None, None))
-        if step is None:
-            break
-        waited += time.perf_counter() - before
+        batch, replaced = next(batches)
+        waited, skipped = waited + time.perf_counter() - before, skipped + replaced
+        step, k = start + n // args.accumulate, n % args.accumulate
         batch = to_device(batch, ranks.device, master)
         last = k == args.accumulate - 1
         # DDP adds gradients up and sends them once; shards send each time, for nowhere is there room for the whole sum
@@ -650,7 +654,7 @@ def train(args) -> None:
             rate, waiting = (done - start) / elapsed, waited / elapsed
             left = (args.steps - done) / rate
             record |= {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)}
-            log(record | {"skipped_samples": ranks.count_all(getattr(clips, "skipped", 0))})
+            log(record | {"skipped_samples": ranks.count_all(skipped)})
             words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
             used = (
                 f"MFU {flops / elapsed / peak:.0%}"
