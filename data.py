@@ -255,11 +255,19 @@ def toy_text() -> Tensor:
     return torch.zeros(TOY_TEXT)
 
 
-def toy_clip(number: int, frames: int = TOY_FRAMES) -> tuple[toy.Clip, toy.Clip]:
-    """Clip `number` of the drawn world, and the same motion, expression and camera performed by somebody else."""
-    own = toy.render(identity=number, motion=number, frames=frames, size=TOY_SIZE)
-    other = toy.render(identity=number + 500_000, motion=number, frames=frames, size=TOY_SIZE)
-    return own, other
+def toy_clip(number: int) -> toy.Clip:
+    """Clip `number` of the drawn world."""
+    return toy.render(identity=number, motion=number, frames=TOY_FRAMES, size=TOY_SIZE)
+
+
+def toy_pseudo(number: int, args, generator: np.random.Generator) -> toy.Clip:
+    """The same motion, expression and camera performed by somebody else, as generators would make it (A.3).
+
+    Table 6: some of them fail and show another motion, which a filter would have dropped; all may show the same few people.
+    """
+    failed = generator.random() < args.pseudo_faults
+    who = 500_000 + (number % args.pseudo_people if args.pseudo_people else number)
+    return toy.render(identity=who, motion=number + 700_000 * failed, frames=TOY_FRAMES, size=TOY_SIZE)
 
 
 def toy_looks(args) -> cues.CueOptions:
@@ -279,10 +287,8 @@ def toy_pair(clip: toy.Clip, args, generator: np.random.Generator) -> tuple:
 
 
 def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
-    own, other = toy_clip(number)
     generator = keyed(number, 998)
-    if generator.random() < args.pseudo_faults:  # a bad pseudo video, which a filter would have dropped: another motion
-        other = toy.render(identity=number + 500_000, motion=number + 700_000, frames=TOY_FRAMES, size=TOY_SIZE)
+    own, other = toy_clip(number), toy_pseudo(number, args, generator)
     pair, pairs = toy_pair(own, args, generator), [toy_pair(other, args, generator)]
     sizes = (number,), args.variants, args.refs, toy_looks(args), args.misalign
     tensors = encode_clip(vae, own.video, pair, pairs, toy_text(), *sizes)
@@ -316,13 +322,13 @@ def remember(path: Path, args, names: Iterable[str]) -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     before = json.loads(path.read_text()) if path.exists() else settings
     for name, value in settings.items():
-        if before[name] != value:
+        if before.get(name) != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{path.parent} has {flag} {before[name]}, not {value}: take another -o")
     write_text(path, json.dumps(settings) + "\n")
 
 
-TOY_SHARED = ("variants", "refs", "pose_cue", "joint_noise", "face_cue", "misalign", "pseudo_faults")
+TOY_SHARED = ("variants", "refs", "pose_cue", "joint_noise", "face_cue", "misalign", "pseudo_faults", "pseudo_people")
 
 
 def draw_share(args, numbers: list[int], done) -> None:
@@ -629,6 +635,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="Table 3: S2 inplace")
     add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
     add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
+    add("--pseudo-people", type=natural, help="how many people all pseudo performers are; default: one a clip (Table 6: single source)")
     add("--workers", type=natural, default=os.cpu_count(), help="processes that draw and encode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
     add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument

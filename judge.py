@@ -340,7 +340,8 @@ def history(checkpoint: Path) -> dict:
     held_out = [(line["step"], round(line["held_out"], 6)) for line in lines if "held_out" in line]
     kept = "steps", "batch", "lr", "seed", "cooldown", "s2x_weight", "align_depth", "init", "cue_injection"
     settings = json.loads((checkpoint / "config.json").read_text())
-    return {name: settings[name] for name in kept} | {"held_out": held_out}
+    rates = [line["steps_per_s"] for line in lines if "steps_per_s" in line]
+    return {name: settings[name] for name in kept} | {"steps_per_s": rates[-1], "held_out": held_out}
 
 
 def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:

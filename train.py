@@ -350,7 +350,7 @@ def export(run: Path, output: Path) -> None:
 @torch.no_grad()
 def latent_statistics(vae: CausalVAE, clips: int = 50) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel, (16,) both, over clips of the drawn world."""
-    videos = (data.toy_clip(data.HELD_OUT + number)[0].video for number in range(clips))
+    videos = (data.toy_clip(data.HELD_OUT + number).video for number in range(clips))
     latents = torch.cat([vae.encode(data.to_tensor(video)[None])[0] for video in videos])
     return latents.mean((0, 1, 3, 4)), latents.std((0, 1, 3, 4))
 
