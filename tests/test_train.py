@@ -91,6 +91,11 @@ def weights_of(run, name="model"):
     return load_file(checkpoints(run)[-1] / f"{name}.safetensors")
 
 
+def distance(a, b):
+    """The largest relative difference of two runs' weights; where the true gradient is 0, a weight of 1e-14 is itself rounding."""
+    return max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12) for k in a)
+
+
 def losses_of(run):
     return [
         json.loads(line)["denoise"]
@@ -268,9 +273,7 @@ def test_any_ranks_and_shards_equal_one_rank(
     torchrun(ranks, arguments(folder, many, *common, *split, stage=stage))
     assert losses_of(one) == pytest.approx(losses_of(many), rel=1e-9 if dtype == "float64" else 1e-5)
     for name in ("model", "ema") if dtype == "float64" else ():
-        a, b = weights_of(one, name), weights_of(many, name)
-        # where the true gradient is 0, a weight of 1e-14 is itself rounding
-        assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-12) for k in a) < 1e-9
+        assert distance(weights_of(one, name), weights_of(many, name)) < 1e-9
 
 
 @pytest.mark.parametrize("ema", [0, 0.9])
@@ -348,8 +351,7 @@ def test_sharded_runs_resume_on_another_number_of_ranks(folder, teacher, tmp_pat
     run, common = tmp_path / "b", [*common, "--shard", "full"]
     torchrun(4, arguments(folder, run, "--steps", 2, *common, "--batch", 1, stage=stage))
     torchrun(2, arguments(folder, run, "--steps", 4, *common, "--batch", 2, "--resume", stage=stage))
-    a, b = weights_of(straight), weights_of(run)
-    assert max((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-30) for k in a) < 1e-9
+    assert distance(weights_of(straight), weights_of(run)) < 1e-9
 
 
 def test_a_decoder_is_trained_alone_and_the_encoder_stays(tmp_path, monkeypatch):
@@ -519,9 +521,11 @@ def test_ranks_that_save_in_the_background_write_what_they_would_have_written(fo
 
 
 def kill_at(folder, run, seconds, *extra):
-    """Start a training and kill -9 it after so many seconds, or let it finish; its exit code."""
-    command = [sys.executable, "train.py", *arguments(folder, run, *extra)]
+    """Start a training and kill -9 it so many seconds after a further checkpoint, or let it finish; its exit code."""
+    command, before = [sys.executable, "train.py", *arguments(folder, run, *extra)], checkpoints(run)[-1:]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and checkpoints(run)[-1:] == before:  # starting takes longer than a step, and varies
+        time.sleep(0.02)
     try:
         _, said = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -536,15 +540,13 @@ def kill_at(folder, run, seconds, *extra):
 def test_kill_9_at_20_random_moments_always_leaves_a_whole_checkpoint(folder, tmp_path):
     """Saving at every step, so that most kills fall into a save; each time --resume goes on, and the end is the straight run's."""
     straight = run_training(folder, tmp_path / "straight", "--steps", 4000, "--save-every", 4000, "--log-every", 1000)
-    rng, run, last = np.random.default_rng(0), tmp_path / "run", -1
+    rng, run = np.random.default_rng(0), tmp_path / "run"
     extra = ["--steps", 4000, "--save-every", 1, "--log-every", 1000, "--resume"]
     for _ in range(20):
-        assert kill_at(folder, run, 5 + 2 * rng.random(), *extra) == -9, "faster than the test expects: raise --steps"
+        assert kill_at(folder, run, 2 * rng.random(), *extra) == -9, "faster than the test expects: raise --steps"
         for path in checkpoints(run):
             step = load_weights(path / "model.safetensors")[1]["step"]
             assert path.name == f"step-{step:07d}"
-        assert step > last, "no progress between two kills"
-        last = step
     assert kill_at(folder, run, 1000, *extra[:2], "--save-every", 4000, "--resume") == 0
     a, b = weights_of(straight), weights_of(run)
     assert all(torch.equal(a[k], b[k]) for k in a)
