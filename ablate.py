@@ -101,6 +101,7 @@ class Piece(NamedTuple):
 def pieces(args) -> dict[Path, Piece]:
     """What `run` has to do for some rows and seeds, row by row: what is made, and how."""
     found, work, (steps1, steps2) = {}, args.work, args.steps
+    workers = max(1, args.jobs // len({ROWS[name].looks + ROWS[name].data for name in args.rows}))  # all data at once
     device = ["--device", args.device] if args.device else []
     common = ["--preset", "toy", "--ema", "0.99", "--save-every", "500", "--resume", *device]
     common += ["--compile"] * args.compile
@@ -115,7 +116,7 @@ def pieces(args) -> dict[Path, Piece]:
         for flags in (row.looks, row.looks + row.data):  # stage 1 sees no pseudo cues
             folder = work / f"data-{slug(*flags)}-{args.clips}"
             add("data", folder / "clips.jsonl", 1.7 * (args.clips + args.held_out), [], "data.py", "toy", "-o", folder,
-                "--clips", args.clips, "--held-out", args.held_out, "--variants", "1", "--workers", args.jobs, *device, *flags)
+                "--clips", args.clips, "--held-out", args.held_out, "--variants", "1", "--workers", workers, *device, *flags)
             folders.append(folder)
         for seed in range(args.seeds):
             trained = f"{slug(*row.looks, *row.both)}-{args.clips}-{steps1}"
@@ -356,13 +357,18 @@ def provenance(results: dict) -> str:
 
 def ledger(results: dict) -> str:
     """Claim, command, the paper's numbers, ours, verdict: Markdown."""
-    lines = ["| claim: full is | command | paper | meter | full | this row | better by | verdict |", "|---" * 8 + "|"]
+    lines = ["| claim | command | paper | meter | claimed better | the row | better by | verdict |", "|---" * 8 + "|"]
     for name, row in ROWS.items():
         if name in ("full", "full-backbone") or name not in results or row.against not in results:
             continue
         worse, better = (numbers(results[r], row.meter) for r in (name, row.against))
         mean, error, seen = gain(worse, better, row.meter)
-        cells = f"{row.claim} {row.what} ({row.table})", f"`ablate.py run {name}`", row.paper, row.meter
+        cells = (
+            f"`{row.against}` is {row.claim} {row.what} ({row.table})",
+            f"`ablate.py run {name}`",
+            row.paper,
+            row.meter,
+        )
         cells += spread(better), spread(worse), f"{mean:.2f} ± {error:.2f}", verdict(row, seen)
         lines.append("| " + " | ".join(cells) + " |")
     parts = "\n".join(lines), sweep(results), "\n".join(speed_ups(results)), meters(results), provenance(results)

@@ -22,6 +22,7 @@ PEAK = {  # dense bfloat16 FLOP/s, by a part of the GPU's name; the first that f
     "B200": 2250e12,
     "H100": 989e12,
     "H200": 989e12,
+    "H20": 148e12,
     "A100": 312e12,
     "L40S": 362e12,
     "L40": 181e12,

@@ -149,9 +149,8 @@ def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 
 
 def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
     """(T, 4), NaN = no face. Interpolates gaps of up to `longest` frames; longer ones and both ends stay NaN.
-
-    Paper silent. So does a gap between two profiles (narrower than 0.62 of their height): there the head has
-    turned away and shows hair; it was not missed.
+    So does a gap between two profiles (narrower than 0.62 of their height): there the head has turned away and
+    shows hair; it was not missed. Paper silent.
     """
     boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))
     slim = (boxes[:, 2] - boxes[:, 0]) / np.maximum(boxes[:, 3] - boxes[:, 1], 1)
@@ -586,7 +585,7 @@ def preview(args: argparse.Namespace) -> None:
                                    WIDTH // across)
                 yield image[:len(image) // 2 * 2]                  # H.264 wants even sizes
     if film:
-        write_video(args.output, cells(), source.fps)
+        write_video(args.output, cells(), source.fps, comment="cues of a clip")
     else:
         drawn = list(cells())
         drawn += [panel(*drawn[0].shape[:2])] * (-len(drawn) % across)

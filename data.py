@@ -18,6 +18,7 @@ Frozen networks run once: a data folder caches, for every clip, all that they sa
 
 import argparse
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
@@ -328,7 +329,17 @@ def remember(path: Path, args, names: Iterable[str]) -> None:
     write_text(path, json.dumps(settings) + "\n")
 
 
-TOY_SHARED = ("variants", "refs", "pose_cue", "joint_noise", "face_cue", "misalign", "pseudo_faults", "pseudo_people")
+TOY_SHARED = (
+    "vae",
+    "variants",
+    "refs",
+    "pose_cue",
+    "joint_noise",
+    "face_cue",
+    "misalign",
+    "pseudo_faults",
+    "pseudo_people",
+)
 
 
 def draw_share(args, numbers: list[int], done) -> None:
@@ -348,7 +359,8 @@ def make_toy(args) -> None:
     """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
     read_header(args.vae), pick_device(args.device)  # their mistakes once, not once a worker
-    remember(args.output / "toy.json", args, TOY_SHARED)
+    coder = f"{args.vae.name} {hashlib.sha256(args.vae.read_bytes()).hexdigest()[:16]}"  # one folder, one VAE's latents
+    remember(args.output / "toy.json", argparse.Namespace(**vars(args) | {"vae": coder}), TOY_SHARED)
     numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
     missing = [n for n in numbers if not (args.output / "cache" / f"{n:06d}.safetensors").exists()]
     context = multiprocessing.get_context("spawn")

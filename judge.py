@@ -54,10 +54,9 @@ from vae import VAE_PRESETS
 from video import HelpFormatter, check_output, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
-WINDOW, FRAMES = 5, 17  # latents, and the frames that they are
+FRAMES = 17  # of a window of 5 latents
 REACH, PATCH = 16, 6  # pixels that `locate` searches to each side, and half a patch
 PEOPLE = 16
-AI_GENERATED = "AI-generated: drawn figures"
 
 
 class Pair(NamedTuple):
@@ -214,7 +213,7 @@ def summary(rows: list[dict]) -> dict:
 
 
 def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference's latent (1, 16, h, w), and pose and face cues (1, 6, 17, h, w) with the reference's own at slot 0."""
+    """The reference's latent (1, 16, h, w), and pose and face cues (1, 1+f, 17, h, w) with the reference's own at slot 0."""
     looks, device = replace(data.toy_looks(args), location=args.location), next(vae.parameters()).device
     draw = data.keyed(FIRST, number)
     seed = FIRST + number
@@ -233,7 +232,7 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
 
 @torch.inference_mode()
 def generate(
-    model, vae, pairs: list[Pair], numbers: list[int], args, seed: int, ref_slot="reference"
+    model, vae, pairs: list[Pair], numbers: list[int], args, seed: int, window=5, ref_slot="reference"
 ) -> list[np.ndarray]:
     """Videos (T, H, W, 3) uint8, one a pair; the noise of a pair depends on its number and the seed."""
     parts = zip(*(conditions(vae, p, args, n) for p, n in zip(pairs, numbers)))
@@ -248,7 +247,7 @@ def generate(
         x = torch.cat([latents, image_condition(image, n)], dim=2)
         return model(x, torch.tensor([step], device=x.device), text, pose[:, index], face[:, index]).float()
 
-    fused = windows(velocity, pose.shape[1] - 1, WINDOW)
+    fused = windows(velocity, pose.shape[1] - 1, window)
     solver, extra = (dpm_solver, {"noise": draw}) if args.sampler == "dpm" else (ddim, {})
     latents = solver(fused, draw(), Schedule(), args.steps, **extra)[:, 1:]
     video = torch.cat([vae.decode(z[None]).float() for z in latents / vae.config.scaling_factor])
@@ -266,8 +265,13 @@ def score(args) -> dict:
     for path, suffixes in ((args.sheet, (".png", ".gif")), (args.output, (".json",))):
         if path:
             check_output(path, suffixes=suffixes)
-    check_dit(args.checkpoint, TOY_TEXT[1])
+    trained = check_dit(args.checkpoint, TOY_TEXT[1], args.location, args.face)
+    trained = {name: trained[name] for name in ("window", "ref_slot") if name in trained}
     check_looks(args)
+    if args.frames > 4 * trained.get("window", 5) - 3 and trained.get("ref_slot") == "copy":
+        raise ValueError(
+            f"--frames {args.frames}: --ref-slot copy, as {args.checkpoint} was trained, knows one window only"
+        )
     if args.frames < FRAMES:
         raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
     device, dtype, _ = pick_device(args.device)
@@ -284,9 +288,7 @@ def score(args) -> dict:
         rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
         rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
         for seed in range(args.seeds):
-            videos = generate(
-                model.to(device).eval(), vae, pairs, numbers, args, seed, header.get("ref_slot", "reference")
-            )
+            videos = generate(model.to(device).eval(), vae, pairs, numbers, args, seed, **trained)
             rows[seeds[seed]] += [measure(p, video) for p, video in zip(pairs, videos)]
             if seed == 0 and len(shown) < args.rows:
                 shown += zip(pairs, videos)
@@ -319,14 +321,14 @@ def machine(device: torch.device) -> str:
 
 
 def check_looks(args) -> None:
-    """ValueError if a run was trained with other cues than the flags say: it would be judged by a task it never saw."""
+    """ValueError if a run's data has other cues than the flags say: it would be judged by a task it never saw."""
     if not (args.checkpoint / "config.json").is_file():
         return
-    settings = json.loads((args.checkpoint / "config.json").read_text())
-    looks, trained = Path(settings["data"]) / "toy.json", {name: settings[name] for name in ("location", "face")}
-    if looks.is_file():
-        trained |= {name: json.loads(looks.read_text())[name] for name in ("pose_cue", "joint_noise", "face_cue")}
-    for name, value in trained.items():
+    looks = Path(json.loads((args.checkpoint / "config.json").read_text())["data"]) / "toy.json"
+    if not looks.is_file():
+        return
+    trained = json.loads(looks.read_text())
+    for name, value in ((name, trained[name]) for name in ("pose_cue", "joint_noise", "face_cue")):
         if getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {getattr(args, name)}: {args.checkpoint} was trained with {flag} {value}")
@@ -358,9 +360,9 @@ def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
         return np.concatenate([row(*entry, frames) for entry in shown]).repeat(2, 0).repeat(2, 1)
 
     if path.suffix == ".gif":
-        write_gif(path, [sheet(f) for f in range(frames)], toy.FPS, comment=AI_GENERATED)
+        write_gif(path, [sheet(f) for f in range(frames)], toy.FPS, comment=toy.DRAWN)
     else:
-        write_image(path, sheet(0, frames // 2, frames - 1), comment=AI_GENERATED)
+        write_image(path, sheet(0, frames // 2, frames - 1), comment=toy.DRAWN)
 
 
 def table(answers: dict[str, dict]) -> str:

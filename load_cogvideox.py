@@ -434,8 +434,9 @@ def newest_weights(path: Path) -> Path:
     return averaged if averaged.is_file() else steps[-1] / "model.safetensors"
 
 
-def check_dit(path: Path, text_dim: int) -> None:
-    """Raise ValueError, from its header alone, if a file or run folder holds no DiT for text states of this width."""
+def check_dit(path: Path, text_dim: int, location: str | None = None, face: str | None = None) -> dict:
+    """The header of a file or run folder. ValueError if it holds no DiT for text states of this width, or one that was
+    trained with another Location Cue, or without the Face Cue that it would get."""
     header = read_header(newest_weights(path))
     if header["network"] != "DiT":
         raise ValueError(f"{path}: holds a {header['network']}, a DiT is needed: give stage 1 or 2")
@@ -445,6 +446,14 @@ def check_dit(path: Path, text_dim: int) -> None:
         raise ValueError(
             f"{path}: reads text states {width} wide, these are {text_dim}: give the backbone it was trained on"
         )
+    given = {
+        "location": location,
+        "face": face and ("none" if face == "none" else "centered"),
+    }  # in place is a matter of data
+    for name, value in given.items():
+        if value and header.get(name, value) != value:
+            raise ValueError(f"{path} was trained with --{name} {header[name]}, not {value}: give the same")
+    return header
 
 
 def load_weights(

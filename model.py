@@ -258,7 +258,7 @@ class DiT(nn.Module):
     """CogVideoX1.5's transformer with the two cue streams. Predicts v for the noisy latents.
 
     `model.checkpointing = True` recomputes each block in the backward pass: of a token and block 6 D bytes are kept (in
-    bfloat16; x and the two cue streams), not 58 D.
+    bfloat16; x and the two cue streams), not 60 D.
     """
 
     def __init__(self, config: DiTConfig):

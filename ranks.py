@@ -166,6 +166,9 @@ def swapped(model: nn.Module, ema: dict[str, Tensor] | None):
 # ---- run folder ----------------------------------------------------------------------------------------------------
 
 
+TRAINED = "window", "ref_slot", "location", "face"  # what sampling has to do as training did
+
+
 class Saver:
     """step-0001200/: model.safetensors, ema.safetensors, and the optimizers in slices, one file a rank.
 
@@ -202,13 +205,8 @@ class Saver:
     def write(self, step: int, model, weights: dict, optimizer: dict) -> None:
         args, ranks, run = self.args, self.ranks, self.args.output
         final, part = run / f"step-{step:07d}", run / f".part-{step:07d}"
-        header = {
-            "preset": args.preset,
-            "stage": args.stage,
-            "step": step,
-            "window": args.window,
-            "ref_slot": args.ref_slot,
-        }
+        header = {"preset": args.preset, "stage": args.stage, "step": step}
+        header |= {name: getattr(args, name) for name in TRAINED}
         failure = None
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)

@@ -12,6 +12,7 @@ Paper silent: size and rate of the output; the reference's aspect at about 512x5
 
 import argparse
 import hashlib
+import os
 from functools import cache, partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ EXAMPLE = {  # what is animated when nothing is given
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import cues
-    from video import HelpFormatter
+    from video import HelpFormatter, natural
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=HelpFormatter)
@@ -66,7 +67,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--steps", type=int, help="denoising steps (default: 50)")
     add("--fast", action="store_true", help="20 steps")
     add("--seed", type=int, default=0, help="of all noise; the same on every device")
-    add("--area", type=int, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
+    add("--area", type=natural, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
     add("--fps", type=float, help="pick driving frames at this rate (default: every frame)")
     cues.add_arguments(parser)
     args = parser.parse_args(argv)
@@ -88,8 +89,12 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     if args.preset == "toy":
         args.checkpoint = args.checkpoint or ASSETS / "toy.safetensors"
         for name in ("prompt", "guidance", "guidance_interval", "sequential"):
-            if getattr(args, name):
+            if getattr(args, name) is not None:
                 parser.error(f"--{name.replace('_', '-')} needs a --backbone: the drawn world knows no words to be guided by")
+    if args.guidance == 1 and (args.guidance_interval or args.sequential is not None):
+        parser.error("--guidance 1 turns guidance off: drop --guidance-interval and --sequential, or choose another value")
+    if not 1 <= args.steps <= 1000:
+        parser.error(f"--steps {args.steps}: give 1 to 1000")
     args.prompt, args.guidance = args.prompt or "", 3.0 if args.guidance is None else args.guidance
     low, high = args.guidance_interval = args.guidance_interval or (0.0, 1.0)
     if not 0 <= low <= high <= 1:
@@ -389,9 +394,12 @@ def animate(args) -> None:
         print("No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph.")
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
     check_output(output, args.reference, args.drive, suffixes=(".mp4",))
-    if args.checkpoint:
-        width = dit_config(args.backbone / "transformer") if args.backbone else DIT_PRESETS[args.preset]
-        check_dit(args.checkpoint, width.text_dim)
+    options = cues.options(args)
+    config = dit_config(args.backbone / "transformer") if args.backbone else DIT_PRESETS[args.preset]
+    header = check_dit(args.checkpoint, config.text_dim, options.location, options.face) if args.checkpoint else {}
+    args.cache.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.cache, os.W_OK):
+        raise ValueError(f"--cache {args.cache}: nothing can be written there; name another folder")
     device, dtype, reason = pick_device(args.device, args.dtype)
     print(f"{device}, {str(dtype).removeprefix('torch.')}: {reason}")
     if args.compile:
@@ -401,7 +409,6 @@ def animate(args) -> None:
     source = Video(args.drive, fps=args.fps)
     reference = cover(picture, *output_size(*picture.shape[:2], args.area))
     height, width = reference.shape[:2]
-    options = cues.options(args)
     find = cache(lambda: finder.from_arguments(args))  # made when first needed: not at all if all is remembered
     try:  # the reference first: its mistakes should not wait for the driving video
         own = analysed(args, reference[None], reference, lambda: find().reference, None, options)
@@ -411,6 +418,9 @@ def animate(args) -> None:
     track = analysed(args, source, reference, find, args.masks, options, progress)
     frames = len(track.accepted)
     print(f"{frames} frames at {float(source.fps):g}/s, output {width}x{height}; {track.summary()}")
+    if header.get("ref_slot") == "copy" and frames > (longest := 4 * header.get("window", 13) - 3):
+        raise ValueError(f"{args.checkpoint} was trained with --ref-slot copy, where each window has a slot 0 of its own: at most "
+                         f"{longest} frames, not {frames}")  # fmt: skip
     rows = driving_rows(args, source, track, reference, options)
 
     text = encode_text(args, device, dtype)

@@ -24,9 +24,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from video import HelpFormatter, write_gif
+from video import HelpFormatter, write_gif, write_image, write_video
 
 FPS = 24
+DRAWN = "AI-generated: drawn figures"
 SUPER = 3       # people are drawn at SUPER x the frame size and averaged: nine samples a pixel
 FACTORS = ("identity", "motion", "expression", "camera", "background")
 
@@ -688,7 +689,7 @@ def cast_shadow(image: np.ndarray, spots: np.ndarray) -> None:
 def render(identity: int, motion: int, expression: int | None = None, camera: int | None = None,
            background: int | None = None, frames: int = 17, size: int | tuple[int, int] = 96,
            start: float = 0, shutter: float = 0) -> Clip:
-    """Draw frames start, start + 1, ... at 16 fps; size is a side or (height, width), multiples of 16
+    """Draw frames start, start + 1, ... at 24 fps; size is a side or (height, width), multiples of 16
 
     Without a seed of their own, expression and camera follow the motion and the background the identity.
     shutter > 0 exposes the video (not the truth) over that many frames: .5 blurs hands, 3 hides poses.
@@ -805,17 +806,13 @@ def main() -> None:
         sheet = contact_sheet(args.people, args.motions, args.size, 25 if still else 48, still)
     except ValueError as error:
         parser.error(str(error))
-    frames = [cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image in sheet]
     if still:
-        cv2.imwrite(str(args.output), frames[0])
+        write_image(args.output, sheet[0], comment=DRAWN)
     if kind == ".gif":
-        write_gif(args.output, sheet, FPS, comment="drawn")
+        write_gif(args.output, sheet, FPS, comment=DRAWN)
     if kind == ".mp4":
         height, width = (side // 2 * 2 for side in sheet.shape[1:3])           # the codec wants even sides
-        writer = cv2.VideoWriter(str(args.output), cv2.VideoWriter_fourcc(*"mp4v"), FPS, (width, height))
-        for frame in frames:
-            writer.write(frame[:height, :width])
-        writer.release()
+        write_video(args.output, sheet[:, :height, :width], FPS, comment=DRAWN)
     print(f"{args.output}: people {args.people} perform motions {args.motions}")
 
 

@@ -41,7 +41,7 @@ DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4); steps
 }
 READ_BY = dict.fromkeys(("s2x_weight", "align_depth", "init"), "2") | dict.fromkeys(
     ("cue_injection", "cue_lr", "location", "face", "ref_slot"), "12") | dict.fromkeys(
-    ("shard", "compile", "checkpointing", "noise_shift", "window"), "012")
+    ("data", "vae", "shard", "compile", "checkpointing", "noise_shift", "window"), "012")
 
 
 def parse_args(argv=None):
@@ -127,10 +127,16 @@ def parse_args(argv=None):
         parser.error(f"--workers {args.workers}: give 0, which is a thread, or more")
     if args.keep < 0:
         parser.error(f"--keep {args.keep}: give 0, which keeps all, or more")
-    if not 0 <= args.ema < 1 or args.clip <= 0:
-        parser.error(f"--ema {args.ema:g} --clip {args.clip:g}: give 0 <= EMA < 1 and CLIP > 0")
+    if not 0 <= args.ema < 1 or args.clip <= 0 or args.lr <= 0 or not 0 <= args.cooldown <= 1:
+        parser.error(f"--ema {args.ema:g} --clip {args.clip:g} --lr {args.lr:g} --cooldown {args.cooldown:g}: give "
+                     "0 <= EMA < 1, CLIP > 0, LR > 0 and 0 <= COOLDOWN <= 1")
+    for name in ("eval_every", "warmup"):
+        if (value := getattr(args, name)) < 0:
+            parser.error(f"--{name.replace('_', '-')} {value}: give 0 or more")
     if args.stage == "vae" and args.preset == "cogvideox1.5-5b":
         parser.error("--stage vae trains a small VAE: give --preset toy (CogVideoX brings its own)")
+    if args.stage == "0" and args.preset == "cogvideox1.5-5b":
+        parser.error("--stage 0 trains a small backbone: give --preset toy (CogVideoX brings its own)")
     if args.stage == "0" and args.backbone:
         parser.error("--stage 0 makes a backbone from nothing: drop --backbone")
     if args.decoder_only and (args.stage != "vae" or not args.backbone):
@@ -167,11 +173,13 @@ from load_cogvideox import (  # noqa: E402
     load_transformer,
     load_vae,
     load_weights,
+    newest_weights,
+    read_header,
     save_weights,
 )
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
-from ranks import Ranks, Saver, load_checkpoint, read_settings, rewind_log, shard, swapped  # noqa: E402
+from ranks import TRAINED, Ranks, Saver, load_checkpoint, read_settings, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
 from video import write_image  # noqa: E402
 
@@ -297,6 +305,8 @@ def load_teacher(args, dtype, device) -> DiT | None:
     teacher, header = load_weights(args.teacher, dtype, dit_config(args), depth=args.align_depth)
     if header.get("stage", "1") != "1":
         raise ValueError(f"{args.teacher}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
+    if header.get("ref_slot", args.ref_slot) != args.ref_slot:
+        raise ValueError(f"{args.teacher} was trained with --ref-slot {header['ref_slot']}: give the same to stage 2")
     return teacher.to(device).requires_grad_(False).eval()
 
 
@@ -342,7 +352,7 @@ def export(run: Path, output: Path) -> None:
     if isinstance(network, CausalVAE):
         network.whiten(*latent_statistics(network))
         network.config = replace(network.config, scaling_factor=1.0)
-    kept = {name: header[name] for name in ("preset", "stage", "step", "window", "ref_slot") if name in header}
+    kept = {name: header[name] for name in ("preset", "stage", "step", *TRAINED) if name in header}
     save_weights(output, network, dtype=torch.bfloat16, **kept)
     print(f"wrote {output}: stage {kept['stage']}, step {kept['step']}, {output.stat().st_size / 1e6:.1f} MB")
 
@@ -548,20 +558,78 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
     return flops_of
 
 
+def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
+    """(the checkpoint to go on from, or None; this launch's settings as given, for `plan` fills in --shard)."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    run = args.output
+    newest, before = ranks.agree((next(iter(checkpoints(run)[-1:]), None), read_settings(run)))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
+    if newest and not (args.resume or restarted and before == settings or args.dry_run):
+        raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
+    if newest and before:
+        given = ("resume", "dry_run", "device", "log_every", "save_every", "async_save", "keep", "workers")
+        changed = [name for name in settings if before.get(name) != settings[name] and name not in given]
+        words = [f"{name} {before.get(name)} -> {settings[name]}" for name in changed]
+        ranks.print(f"{run} goes on with other settings than before: {', '.join(words)}" if words else f"{run} goes on")
+    return newest, settings
+
+
+def check_files(args) -> None:
+    """ValueError or FileNotFoundError for a mistyped path: found out before the drawn world is drawn, not after."""
+    start = None if args.init in ("teacher", "backbone") else Path(args.init)
+    for path in (args.teacher, start, args.backbone):
+        if path and not (path / "transformer").is_dir():
+            file = newest_weights(path)
+            if file.suffix == ".safetensors":
+                read_header(file)
+
+
+def wrap(args, ranks: Ranks, compute, master):
+    """(objective, the same as a step calls it, autocast): on the device, in ranks' slices or copies, compiled if asked."""
+    model = build(args)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
+    whole = args.shard in ("none", None)  # None: the VAE
+    if whole:
+        model = model.to(ranks.device, master)
+    else:
+        model, autocast = shard(model, args.shard == "full", ranks, compute, master), nullcontext()
+    if args.stage == "vae":
+        objective = Coding(model)
+    else:
+        teacher = load_teacher(args, compute, ranks.device)
+        objective = Denoising(model, args.align_depth, teacher)
+        model.checkpointing = args.checkpointing
+        for block in [*model.blocks, *(teacher.blocks if teacher else ())] if args.compile else ():
+            block.compile()
+    if ranks.count > 1 and whole:
+        return (
+            objective,
+            DistributedDataParallel(objective, gradient_as_bucket_view=True),
+            autocast,
+        )  # else gradients exist twice
+    return objective, objective, autocast
+
+
+def progress(args, ranks: Ranks, record: dict, losses: dict, speed: float) -> str:
+    """A line for the terminal: losses, steps a second, use of the GPU, and the time left."""
+    words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
+    peak, rate = ranks.peak(), record["steps_per_s"]
+    used = f"MFU {speed / peak:.0%}" if peak else f"{speed / 1e12:.3g} TFLOP/s"
+    left = (args.steps - record["step"]) / max(rate, 1e-9)
+    return (
+        f"stage {args.stage} | step {record['step']}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
+        f"{used} | {record['waiting_for_data']:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
+    )
+
+
 def train(args) -> None:
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-    }  # as given: plan fills in --shard
     ranks, run = Ranks(args.device), args.output
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    newest, same = ranks.agree((next(iter(checkpoints(run)[-1:]), None), read_settings(run) == settings))
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
-    if newest and not (args.resume or restarted and same or args.dry_run):
-        raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
-    compute = getattr(torch, args.dtype) if args.dtype else ranks.dtype
+    newest, settings = open_run(args, ranks)
+    check_files(args)
+    compute, reason = (getattr(torch, args.dtype), "--dtype") if args.dtype else (ranks.dtype, ranks.reason)
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     clips, shown = open_data(args, ranks)
     flops_of = (lambda batch: 0.0) if args.stage == "vae" else plan(args, clips, ranks, compute, master)
     if args.compile:
@@ -569,28 +637,13 @@ def train(args) -> None:
     G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
     ranks.print(
         f"stage {args.stage}, preset {args.preset}: {len(clips or ())} clips, {G} samples a step on {ranks.count} x "
-        f"{ranks.device.type}, {str(compute).removeprefix('torch.')} ({ranks.reason})"
+        f"{ranks.device.type}, {str(compute).removeprefix('torch.')} ({reason})"
     )
     if args.dry_run:
         return
     strip_vae = load_strip_vae(args.vae, compute) if args.vae and args.eval_every and args.stage != "vae" else None
-
-    model = build(args)
-    if args.shard in ("none", None):  # None: the VAE
-        model = model.to(ranks.device, master)
-    else:
-        model, autocast = shard(model, args.shard == "full", ranks, compute, master), nullcontext()
-    teacher = load_teacher(args, compute, ranks.device)
-    if args.stage == "vae":
-        objective = Coding(model)
-    else:
-        objective = Denoising(model, args.align_depth, teacher)
-        model.checkpointing = args.checkpointing
-        for block in [*model.blocks, *(teacher.blocks if teacher else ())] if args.compile else ():
-            block.compile()
-    wrapped = objective
-    if ranks.count > 1 and args.shard in ("none", None):
-        wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)  # else gradients exist twice
+    objective, wrapped, autocast = wrap(args, ranks, compute, master)
+    model = objective.model
     ema = {name: p.detach().clone() for name, p in model.named_parameters()} if args.ema else None
     optimizers = make_optimizers(model, args)
 
@@ -600,6 +653,8 @@ def train(args) -> None:
     if ranks.rank == 0:
         data.write_text(run / "config.json", json.dumps(settings, indent=1))
         rewind_log(run, start)
+    if start >= args.steps:
+        ranks.print(f"{run} is at step {start} of {args.steps}: nothing to do; give more --steps to go on")
 
     def log(record: dict) -> None:
         if ranks.rank == 0:
@@ -620,9 +675,8 @@ def train(args) -> None:
         before = time.perf_counter()
         batch, replaced = next(batches)
         waited, skipped = waited + time.perf_counter() - before, skipped + replaced
-        step, k = start + n // args.accumulate, n % args.accumulate
+        done, last = start + n // args.accumulate + 1, n % args.accumulate == args.accumulate - 1
         batch = to_device(batch, ranks.device, master)
-        last = k == args.accumulate - 1
         # DDP adds gradients up and sends them once; shards send each time, for nowhere is there room for the whole sum
         with wrapped.no_sync() if wrapped is not objective and not last else nullcontext():
             with autocast:
@@ -637,39 +691,31 @@ def train(args) -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
-            raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {run} stands: "
+            raise ValueError(f"step {done - 1}: the loss or its gradient is not finite; the last checkpoint in {run} stands: "
                              "lower --lr, or --resume")  # fmt: skip
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args) * group["rate"]
+                group["lr"] = learning_rate(done - 1, args) * group["rate"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if ema:
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - args.ema)
 
-        done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": learning_rate(step, args)}
             elapsed = time.perf_counter() - began
-            rate, waiting = (done - start) / elapsed, waited / elapsed
-            left = (args.steps - done) / rate
-            record |= {"steps_per_s": round(rate, 4), "waiting_for_data": round(waiting, 4)}
+            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": learning_rate(done - 1, args)}
+            record |= {
+                "steps_per_s": round((done - start) / elapsed, 4),
+                "waiting_for_data": round(waited / elapsed, 4),
+            }
             log(record | {"skipped_samples": ranks.count_all(skipped)})
-            words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
-            used = (
-                f"MFU {flops / elapsed / peak:.0%}"
-                if (peak := ranks.peak())
-                else f"{flops / elapsed / 1e12:.3g} TFLOP/s"
-            )
-            ranks.print(
-                f"stage {args.stage} | step {done}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
-                f"{used} | {waiting:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
-            )
-        if done % args.save_every == 0 or done == args.steps:
-            saver.save(done, model, ema, optimizers)
+            ranks.print(progress(args, ranks, record, losses, flops / elapsed))
+            skipped = 0
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
             with torch.compiler.set_stance("force_eager"):  # other batch sizes, seldom: not worth a compilation
                 report(args, done, objective, ema, shown, strip_vae, ranks, autocast, master, log)
+        if done % args.save_every == 0 or done == args.steps:  # last: a run whose final checkpoint is there is complete
+            saver.save(done, model, ema, optimizers)
     saver.finish()
     if ranks.count > 1:
         dist.destroy_process_group()

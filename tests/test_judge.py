@@ -94,13 +94,13 @@ def test_a_run_is_judged_by_the_cues_that_it_was_trained_with(tmp_path):
     run, looks = tmp_path / "run", dict(pose_cue="skeleton", joint_noise=2.0, face_cue="centered")
     run.mkdir()
     (tmp_path / "toy.json").write_text(json.dumps(looks))
-    (run / "config.json").write_text(json.dumps(dict(data=str(tmp_path), location="soft", face="none")))
+    (run / "config.json").write_text(json.dumps(dict(data=str(tmp_path))))
     judged = lambda *flags: judge.check_looks(judge.parse_args([str(run), *flags])[1])  # noqa: E731
-    with pytest.raises(ValueError, match="--face centered: .* was trained with --face none"):
+    with pytest.raises(ValueError, match="--pose-cue lowpass: .* was trained with --pose-cue skeleton"):
         judged()
     with pytest.raises(ValueError, match="--joint-noise 0.0: .* was trained with --joint-noise 2.0"):
-        judged("--face", "none", "--pose-cue", "skeleton")
-    judged("--face", "none", "--pose-cue", "skeleton", "--joint-noise", "2")
+        judged("--pose-cue", "skeleton")
+    judged("--pose-cue", "skeleton", "--joint-noise", "2")
 
 
 def test_an_empty_picture_has_no_pose(pairs):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import load_cogvideox
 from load_cogvideox import (
+    check_dit,
     CUE_NAMES,
     T5_ALIAS,
     dit_config,
@@ -621,3 +622,16 @@ def test_full_size_fp32_t5_loads_as_bf16_without_a_second_copy(tmp_path):
         assert peak <= size + 1.5
     finally:
         shutil.rmtree(tmp_path)
+
+
+def test_a_model_gets_the_cues_that_it_was_trained_with(tmp_path):
+    """Location and Face Cue are in the header; a file without them, or a face in place of centred, passes."""
+    save_weights(tmp_path / "plain.safetensors", DiT(DIT_PRESETS["tiny"]), preset="tiny", stage="2", step=1)
+    save_weights(tmp_path / "hard.safetensors", DiT(DIT_PRESETS["tiny"]), preset="tiny", location="hard", face="none")
+    width = DIT_PRESETS["tiny"].text_dim
+    check_dit(tmp_path / "plain.safetensors", width, "none", "none")
+    assert check_dit(tmp_path / "hard.safetensors", width, "hard", "none")["location"] == "hard"
+    with pytest.raises(ValueError, match="was trained with --location hard, not soft"):
+        check_dit(tmp_path / "hard.safetensors", width, "soft", "none")
+    with pytest.raises(ValueError, match="was trained with --face none, not centered"):
+        check_dit(tmp_path / "hard.safetensors", width, "hard", "inplace")

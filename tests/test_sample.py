@@ -15,6 +15,8 @@ import cues
 import finder
 import sample
 import toy
+from load_cogvideox import save_weights
+from model import DIT_PRESETS, DiT
 from video import Video, read_image, write_image, write_video
 
 from conftest import ROOT
@@ -293,7 +295,11 @@ def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
     for words, named in (
         (["ref.png"], "DRIVE"),
         (["--prompt", "a dancer"], "--backbone"),
-        (["--guidance", "2"], "--guidance needs a --backbone"),
+        (["--guidance", "0"], "--guidance needs a --backbone"),
+        (["--no-sequential"], "--sequential needs a --backbone"),
+        (["--preset", "tiny", "--guidance", "1", "--guidance-interval", "0", "0.5"], "--guidance 1 turns guidance off"),
+        (["--steps", "0"], "give 1 to 1000"),
+        (["--area", "-1"], "--area: -1: give a whole number"),
         (["--preset", "tiny", "--backbone", "x"], "--preset"),
     ):
         with pytest.raises(SystemExit) as end:
@@ -389,6 +395,11 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
     assert "model.pt" in mistake(example, "-o", out, "--checkpoint", tmp_path / "model.pt")
     assert "steps" in mistake(example, "-o", out, "--steps", 1001)
     assert "nofolder" in mistake(example, "-o", tmp_path / "nofolder" / "out.mp4")
+    assert "text.mp4" in mistake(example, "-o", out, "--cache", tmp_path / "text.mp4"), (
+        "no folder, and none can be made"
+    )
+    save_weights(tmp_path / "copy.safetensors", DiT(DIT_PRESETS["tiny"]), stage="2", ref_slot="copy", window=3)
+    assert "at most 9 frames, not 10" in mistake(example, "-o", out, "--checkpoint", tmp_path / "copy.safetensors")
     assert "--backbone" in mistake(example, "-o", out, "--backbone", tmp_path)
     assert "tokenizer" in mistake(example, "-o", out, "--prompt", "a dancer")
     assert "--device" in mistake(example, "-o", out, "--device", "quantum")
