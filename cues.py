@@ -535,7 +535,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options(args: argparse.Namespace) -> CueOptions:
-    return CueOptions(**{entry.name: getattr(args, entry.name) for entry in fields(CueOptions)})
+    """ValueError for a flag that nothing would read."""
+    found = CueOptions(**{entry.name: getattr(args, entry.name) for entry in fields(CueOptions)})
+    filtered, softened = found.pose == "lowpass", found.location == "soft"
+    for name, read in (("cutoff", filtered), ("kind", filtered), ("cell", softened), ("statistic", softened)):
+        entry = next(entry for entry in fields(CueOptions) if entry.name == name)
+        if not read and getattr(found, name) != entry.default:
+            reader = "--pose-cue lowpass" if name in ("cutoff", "kind") else "--location-cue soft"
+            raise ValueError(f"{entry.metadata['flag']} is read by {reader} only: drop it")
+    return found
 
 
 def previews(args: argparse.Namespace) -> None:

@@ -501,13 +501,7 @@ class Clips:
         if args.stage == "0":
             return sample
 
-        masks = [self.masks(file.get_slice(name), frames, int(candidates[r])) for name in ("body", "face_mask")]
-        masks = [torch.cat([latent_frames(m[:1]), latent_frames(m[1:])]) for m in masks]
-        if args.location == "soft":  # a mean over cells; after that over frames there is a third of the pixels
-            cell, phase = int(generator.choice([8, 16, 32])), generator.integers(32, size=2)
-            cell, phase = (cell, phase) if self.training else (16, (0, 0))
-            masks[0] = torch.from_numpy(cues.grid_soften(masks[0].numpy(), cell, "mean", phase))
-        masks = [F.avg_pool2d(m[:, None], 8) * (args.location != "none") for m in masks]
+        masks = self.location_cue(file, frames, int(candidates[r]), generator)
 
         def cue(source: str, k: int) -> list[Tensor]:
             """(1+n, 17, h, w) for pose and face: slot 0 the reference's own, then variant k of the window's."""
@@ -537,11 +531,19 @@ class Clips:
             sample["latents"][0] = sample["latents"][1]
         return sample
 
-    @staticmethod
-    def masks(bits, frames: slice, reference: int) -> Tensor:
-        """(1 + T', H, W) float: the reference frame's mask, then those of the window's frames."""
-        packed = torch.cat([bits[reference : reference + 1], bits[frames]])
-        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1).astype(np.float32))
+    def location_cue(self, file, frames: slice, reference: int, generator: np.random.Generator) -> list[Tensor]:
+        """Masks of body and face, (1+n, 1, h, w): the reference frame's, then means over the frames of each of n latents."""
+        masks = []
+        for name in ("body", "face_mask"):
+            bits = file.get_slice(name)
+            packed = torch.cat([bits[reference : reference + 1], bits[frames]])
+            mask = torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1).astype(np.float32))
+            masks.append(torch.cat([latent_frames(mask[:1]), latent_frames(mask[1:])]))
+        if self.args.location == "soft":  # a mean over cells; after that over frames there is a third of the pixels
+            cell, phase = int(generator.choice([8, 16, 32])), generator.integers(32, size=2)
+            cell, phase = (cell, phase) if self.training else (16, (0, 0))
+            masks[0] = torch.from_numpy(cues.grid_soften(masks[0].numpy(), cell, "mean", phase))
+        return [F.avg_pool2d(mask[:, None], 8) * (self.args.location != "none") for mask in masks]
 
 
 class Pictures:

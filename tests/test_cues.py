@@ -4,6 +4,7 @@ the two passes; the preview command; real clips where test assets are present.
     pytest tests/test_cues.py          (-m slow adds segment-anything at full size with random weights)
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -834,3 +835,19 @@ def test_the_face_cue_is_black_while_the_back_is_turned(assets):
     track, source = real_track(assets, "scail_001.mp4", "mimicmotion_web_hb_0.png", None, 14, 25)
     black = np.array([(face == -1).all() for _, face, _, _ in render(source, track)])
     assert black[4:6].any() and not black[:2].any() and not black[9:].any() and track.accepted.all()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--pose-cue", "rgb", "--cutoff", "0.3"], "--cutoff is read by --pose-cue lowpass only"),
+        (["--pose-cue", "gray", "--filter", "ideal"], "--filter is read by --pose-cue lowpass only"),
+        (["--location-cue", "none", "--soften-by", "max"], "--soften-by is read by --location-cue soft only"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_a_mistake(words, said):
+    parser = argparse.ArgumentParser()
+    cues.add_arguments(parser)
+    with pytest.raises(ValueError, match=said):
+        cues.options(parser.parse_args(words))
+    assert cues.options(parser.parse_args(["--cutoff", "0.3"])).cutoff == 0.3
