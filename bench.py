@@ -39,7 +39,8 @@ import cues
 import finder
 import toy
 from data import write_text
-from load_cogvideox import add_cues, dit_name, keep_freed_memory, pick_device, vae_name
+from load_cogvideox import add_cues, dit_name, vae_name
+from machine import keep_freed_memory, pick_device
 from model import DIT_PRESETS, OFS, DiT, DiTConfig
 from vae import VAE_PRESETS, CausalVAE, VAEConfig
 from video import HelpFormatter, check_output

@@ -45,7 +45,8 @@ import cues
 import finder
 import toy
 from align import misalignment
-from load_cogvideox import keep_freed_memory, load_weights, pick_device, read_header
+from load_cogvideox import load_weights, read_header
+from machine import keep_freed_memory, pick_device
 from vae import CausalVAE, chunks
 from video import HelpFormatter, natural, write_image, write_video
 

@@ -49,7 +49,8 @@ from data import (
 )
 from diffusion import Schedule, ddim, dpm_solver, windows
 from evaluate import masked_l1, masked_psnr
-from load_cogvideox import check_dit, load_weights, pick_device
+from load_cogvideox import check_dit, load_weights
+from machine import device_name, pick_device
 from vae import VAE_PRESETS
 from video import HelpFormatter, check_output, write_gif, write_image
 
@@ -301,7 +302,7 @@ def score(args) -> dict:
         "sampling_steps": args.steps,
         "degrade": args.degrade,
         "strength": args.strength,
-        "machine": machine(device),
+        "machine": device_name(device),
     }
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
@@ -311,13 +312,6 @@ def score(args) -> dict:
         write_sheet(args.sheet, shown[: args.rows])
         print(f"wrote {args.sheet}")
     return result
-
-
-def machine(device: torch.device) -> str:
-    """What the numbers were made on: between machines those of one seed differ, by rounding."""
-    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", device.type)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
-    return f"{name}, PyTorch {torch.__version__.split('+')[0]}"
 
 
 def check_looks(args) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from load_cogvideox import pick_device
+from machine import pick_device
 
 ITERATIONS = 5
 A, B, C = 3.4445, -4.7750, 2.0315  # of the paper's quintic: steep at 0, so singular values come to 0.7-1.2 in 5 rounds

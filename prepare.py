@@ -46,7 +46,8 @@ import finder
 from align import centre, warp
 from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, remember, save_cache, toy_text
 from data import write_text
-from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, pick_device
+from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights
+from machine import pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
 from video import PICTURES, HelpFormatter, Video, letterbox, natural, output_size, resize, write_image

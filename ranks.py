@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import budget
 from data import write_text
-from load_cogvideox import checkpoints, load_weights, pick_device, save_weights
+from load_cogvideox import checkpoints, load_weights, save_weights
+from machine import pick_device
 from model import DiT
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process's checkpoint says so

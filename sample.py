@@ -120,7 +120,6 @@ import finder  # noqa: E402
 from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
-    check_compiler,
     check_dit,
     dit_config,
     load_text_encoder,
@@ -128,8 +127,8 @@ from load_cogvideox import (  # noqa: E402
     load_transformer,
     load_vae,
     load_weights,
-    pick_device,
 )
+from machine import check_compiler, pick_device  # noqa: E402
 from model import DIT_PRESETS, DiT  # noqa: E402
 from text import T5_PRESETS, T5Encoder, empty_prompt  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402

@@ -167,9 +167,7 @@ import budget  # noqa: E402
 import data  # noqa: E402
 from diffusion import Schedule, ddim  # noqa: E402
 from load_cogvideox import (  # noqa: E402
-    check_compiler,
     checkpoints,
-    keep_freed_memory,
     load_transformer,
     load_vae,
     load_weights,
@@ -177,6 +175,7 @@ from load_cogvideox import (  # noqa: E402
     read_header,
     save_weights,
 )
+from machine import check_compiler, keep_freed_memory  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
 from ranks import TRAINED, Ranks, Saver, load_checkpoint, read_settings, rewind_log, shard, swapped  # noqa: E402

@@ -46,7 +46,7 @@ def test_the_device_is_idle_when_the_clock_is_read():
         clock.now += sum(pending)
         pending.clear()
 
-    assert bench.alternate(sides, 1, wait, clock) == {"ours": [7]}
+    assert bench.alternate(sides, 1, wait=wait, clock=clock) == {"ours": [7]}
 
 
 def test_ratio_is_the_median_over_pairs():
