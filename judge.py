@@ -337,7 +337,7 @@ def history(checkpoint: Path) -> dict:
     kept = "steps", "batch", "lr", "seed", "cooldown", "s2x_weight", "align_depth", "init", "cue_injection"
     settings = json.loads((checkpoint / "config.json").read_text())
     rates = [line["steps_per_s"] for line in lines if "steps_per_s" in line]
-    return {name: settings[name] for name in kept} | {"steps_per_s": rates[-1], "held_out": held_out}
+    return {name: settings[name] for name in kept} | {"steps_per_s": rates[-1] if rates else None, "held_out": held_out}
 
 
 def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
