@@ -175,7 +175,7 @@ def cue_variant(body: tuple, face: tuple, k: int, generator, misalign: float, lo
 
 
 @torch.no_grad()
-def latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
+def cache_latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
     """(B, T, 3, H, W) -> the posterior's mean (B, f, 16, h, w), bfloat16 on the CPU: how the cache keeps it."""
     device = next(vae.parameters()).device
     return torch.cat(
@@ -192,7 +192,7 @@ def pseudo_latents(
         for k in range(variants):
             found = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), misalign, looks)
             pose.append(found[0]), face.append(found[1])
-    return {"pseudo_pose": latents(vae, pose), "pseudo_face": latents(vae, face)}
+    return {"pseudo_pose": cache_latents(vae, pose), "pseudo_face": cache_latents(vae, face)}
 
 
 @torch.no_grad()
@@ -222,14 +222,14 @@ def encode_clip(
     pictures = to_tensor(video[frame])
     sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()  # as CogVideoX's
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
-    single = lambda p: latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
+    single = lambda p: cache_latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
     coded = vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
     mean, logvar = (z[0].to("cpu", torch.bfloat16) for z in coded)
     tensors = {
         "mean": mean,
         "logvar": logvar,
-        "pose": latents(vae, [v[0] for v in variant]),
-        "face": latents(vae, [v[1] for v in variant]),
+        "pose": cache_latents(vae, [v[0] for v in variant]),
+        "face": cache_latents(vae, [v[1] for v in variant]),
         "body": torch.from_numpy(np.packbits(body[:, 0] > 0.5, axis=-1)),
         "face_mask": torch.from_numpy(np.packbits(face_mask[:, 0] > 0.5, axis=-1)),
         "ref_frame": torch.from_numpy(frame),

@@ -140,7 +140,7 @@ AI_GENERATED = "AI-generated with DirectAnimator; the person shown did not perfo
 # ---- networks: three functions, called one after another -----------------------------------------------------------
 
 
-def text_encoder(args, dtype):
+def open_text_encoder(args, dtype):
     """(tokenizer or None, T5 encoder): None where only the null text can be encoded."""
     if args.preset:
         return None, random_weights(T5Encoder, T5_PRESETS[args.preset], dtype)
@@ -157,7 +157,7 @@ def stored(args, dtype):
     return None if args.offload else dtype
 
 
-def vae(args, dtype, device, size) -> CausalVAE:
+def open_vae(args, dtype, device, size) -> CausalVAE:
     """The VAE on its device, in tiles where a picture of this size (H, W) does not fit at once."""
     if args.preset == "toy":
         network = load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].eval()
@@ -170,7 +170,7 @@ def vae(args, dtype, device, size) -> CausalVAE:
     return network.to(device)
 
 
-def transformer(args, dtype) -> tuple[DiT, dict]:
+def open_transformer(args, dtype) -> tuple[DiT, dict]:
     """The DiT, and how it was trained: how many latents it saw at once (the window of long clips), and what slot 0 held."""
     if args.checkpoint:
         network, header = load_weights(args.checkpoint, stored(args, dtype))
@@ -270,7 +270,7 @@ def encode_text(args, device, dtype) -> Tensor:
     path = args.cache / "text" / f"{digest(folder, prompts, dtype)}.safetensors"
     if path.is_file():
         return load_file(path)["text"].to(device)
-    tokenizer, t5 = text_encoder(args, dtype)
+    tokenizer, t5 = open_text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
         raise ValueError("--prompt needs the tokenizer: spiece.model in the backbone's tokenizer folder")
     t5 = place(args, t5, device, dtype)
@@ -423,19 +423,19 @@ def animate(args) -> None:
     rows = driving_rows(args, source, track, reference, options)
 
     text = encode_text(args, device, dtype)
-    network = vae(args, dtype, device, reference.shape[:2])
+    network = open_vae(args, dtype, device, reference.shape[:2])
     own_row = cues.render(reference[None], own, (height, width), options)
     drive = tqdm(rows(), desc="encode", unit="frame", total=frames)
     image, pose, face = encode(args, network, device, reference, own_row, drive)
     del network
-    network, trained = transformer(args, dtype)
+    network, trained = open_transformer(args, dtype)
     network = place(args, network, device, dtype)
     if args.compile:
         network.compile()
     args.sequential = sequential(args, network.config, pose, text, trained.get("window", 13), device, dtype)
     latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
     del network
-    network = vae(args, dtype, device, reference.shape[:2])
+    network = open_vae(args, dtype, device, reference.shape[:2])
     audio = args.drive if source.has_audio else None
     write_video(output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED)
     print(f"wrote {output}")

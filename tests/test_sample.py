@@ -144,7 +144,7 @@ def test_a_second_run_on_the_same_files_looks_for_nobody(example, tmp_path, monk
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        for module, name in ((cues, "analyse"), (finder, "from_arguments"), (sample, "text_encoder")):
+        for module, name in ((cues, "analyse"), (finder, "from_arguments"), (sample, "open_text_encoder")):
             patch.setattr(module, name, forbidden)
         run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
@@ -267,7 +267,7 @@ def test_the_vae_runs_in_tiles_where_it_does_not_fit_unless_told(example, monkey
     def tiled(room, *extra):
         monkeypatch.setattr(sample.budget, "capacity", lambda device, ranks: room)
         args = sample.parse_args(arguments(example, *extra))[1]
-        return sample.vae(args, torch.float32, torch.device("cpu"), (512, 768)).tiling
+        return sample.open_vae(args, torch.float32, torch.device("cpu"), (512, 768)).tiling
 
     needed = 60 * 8 * 512 * 768 * 4  # the tiny VAE's widest layer at full size has 8 channels
     assert tiled(needed - 1)
