@@ -577,7 +577,7 @@ def workers_of(launcher: int) -> list[int]:
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_torchrun_restarts_after_kill_9_of_a_rank_20_times_and_ends_as_if_nothing_had_happened(folder, tmp_path, shard):
     """One of two ranks killed at random; the job finds its run folder by itself. Bit for bit the undisturbed run."""
-    rng, steps = np.random.default_rng(0), 3000
+    rng, steps = np.random.default_rng(0), 1500
     launch = [
         sys.executable,
         "-m",
