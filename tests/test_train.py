@@ -538,7 +538,10 @@ def test_ranks_that_save_in_the_background_write_what_they_would_have_written(fo
 def kill_at(folder, run, seconds, *extra):
     """Start a training and kill -9 it so many seconds after a further checkpoint, or let it finish; its exit code."""
     command, before = [sys.executable, "train.py", *arguments(folder, run, *extra)], checkpoints(run)[-1:]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    alike = os.environ | {"OMP_NUM_THREADS": "1"}  # as this process: two threads may round otherwise
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=alike, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and checkpoints(run)[-1:] == before:  # starting takes longer than a step, and varies
         time.sleep(0.02)
     try:
