@@ -64,7 +64,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         help="part of the steps that is guided; elsewhere the null branch is not run (default: 0 1)")
     add("--sequential", action=argparse.BooleanOptionalAction,
         help="run the two guidance branches one after the other: less memory (default: where both do not fit)")
-    add("--steps", type=int, help="denoising steps (default: 50; toy: 20)")
+    add("--steps", type=int, help="denoising steps (default: 50)")
     add("--fast", action="store_true", help="20 steps")
     add("--seed", type=int, default=0, help="of all noise; the same on every device")
     add("--area", type=natural, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
@@ -80,12 +80,12 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
             setattr(args, name, path)
     if args.fast and args.steps is not None:
         parser.error("--fast is --steps 20: give one of them")
+    args.steps = (20 if args.fast else 50) if args.steps is None else args.steps
     for name in ("pose", "face"):
         if getattr(args, f"{name}_masks") and not getattr(args, f"{name}_video"):
             parser.error(f"--{name}-masks needs --{name}: the video whose masks they are")
     args.cache = args.cache.expanduser()
     args.preset = args.preset or (None if args.backbone else "toy")
-    args.steps = args.steps if args.steps is not None else 20 if args.fast or args.preset == "toy" else 50
     if args.preset == "toy":
         args.checkpoint = args.checkpoint or ASSETS / "toy.safetensors"
         for name in ("prompt", "guidance", "guidance_interval", "sequential"):
