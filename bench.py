@@ -592,9 +592,7 @@ def bench_pipeline(setting: Setting) -> Iterator[dict]:
     steps, log, their_log = 50 if setting.gpu and not setting.small else 2, [], []
     sides = {"ours": our_pipeline(vae, dit, given, steps, device, log)}
     sides |= {"diffusers": their_pipeline(*theirs, given, steps, their_log)}
-    short = {
-        "ours": our_pipeline(vae, dit, given, 2, device, [])
-    }  # to warm up, and for the peak: each step has the same
+    short = {"ours": our_pipeline(vae, dit, given, 2, device, [])}  # warms up; its peak is that of any number of steps
     short |= {"diffusers": their_pipeline(*theirs, given, 2, [])}
     words = f"{frames} frames {side}x{side}, {config.depth} blocks of {config.dim}, {steps} steps, guidance"
     if setting.gpu:

@@ -537,12 +537,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def options(args: argparse.Namespace) -> CueOptions:
     """ValueError for a flag that nothing would read."""
     found = CueOptions(**{entry.name: getattr(args, entry.name) for entry in fields(CueOptions)})
-    filtered, softened = found.pose == "lowpass", found.location == "soft"
-    for name, read in (("cutoff", filtered), ("kind", filtered), ("cell", softened), ("statistic", softened)):
-        entry = next(entry for entry in fields(CueOptions) if entry.name == name)
-        if not read and getattr(found, name) != entry.default:
-            reader = "--pose-cue lowpass" if name in ("cutoff", "kind") else "--location-cue soft"
-            raise ValueError(f"{entry.metadata['flag']} is read by {reader} only: drop it")
+    entries = {entry.name: entry for entry in fields(CueOptions)}
+    changed = {name for name, entry in entries.items() if getattr(found, name) != entry.default}
+    for name, cue in {"cutoff": "pose", "kind": "pose", "cell": "location", "statistic": "location"}.items():
+        if {name, cue} <= changed:
+            flag, reader = (entries[n].metadata["flag"] for n in (name, cue))
+            raise ValueError(f"{flag} is read by {reader} {entries[cue].default} only: drop it")
     return found
 
 

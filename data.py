@@ -326,7 +326,7 @@ def remember(path: Path, args, names: Iterable[str]) -> None:
     for name, value in settings.items():
         if before.get(name) != value:
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{path.parent} has {flag} {before[name]}, not {value}: take another -o")
+            raise ValueError(f"{path.parent} has {flag} {before.get(name)}, not {value}: take another -o")
     write_text(path, json.dumps(settings) + "\n")
 
 
@@ -555,7 +555,7 @@ class Pictures:
     def __init__(self, args, clips: int = 500):
         self.args, self.pool = args, []
         for number in tqdm(range(clips), desc="draw", unit="clip", disable=int(os.environ.get("RANK", 0)) > 0):
-            clip = toy.render(identity=number, motion=number, frames=TOY_FRAMES, size=TOY_SIZE)
+            clip = toy_clip(number)
             track = cues.analyse(clip.video, clip.video[0], toy_finder(clip), cues.CueOptions(align="none"))
             pose, face, _, _ = (np.stack(part) for part in zip(*cues.render(clip.video, track)))
             small = [((part + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1) for part in (pose, face)]
@@ -618,12 +618,13 @@ def ahead(items: Iterator) -> Iterator:
 
 def prefetched(make: Callable[[int], object], count: int, workers: int = 0) -> Iterator:
     """make(0), make(1), ..., in order and made ahead of their use: in a thread, or in so many processes."""
-    made, pinned = (
-        Made(make, count),
-        torch.cuda.is_available(),
-    )  # from pinned memory a copy to the GPU keeps nobody waiting
-    settings = dict(batch_size=None, num_workers=workers, pin_memory=pinned, multiprocessing_context="fork")
-    items = torch.utils.data.DataLoader(made, **settings) if workers else ahead(map(made.__getitem__, range(count)))
+    made = Made(make, count)
+    if workers:
+        pinned = torch.cuda.is_available()  # from there a copy to the GPU keeps nobody waiting
+        settings = dict(batch_size=None, num_workers=workers, pin_memory=pinned, multiprocessing_context="fork")
+        items = torch.utils.data.DataLoader(made, **settings)
+    else:
+        items = ahead(map(made.__getitem__, range(count)))
     for item in items:
         if isinstance(item, Exception):
             raise item

@@ -266,8 +266,8 @@ def score(args) -> dict:
     for path, suffixes in ((args.sheet, (".png", ".gif")), (args.output, (".json",))):
         if path:
             check_output(path, suffixes=suffixes)
-    trained = check_dit(args.checkpoint, TOY_TEXT[1], args.location, args.face)
-    trained = {name: trained[name] for name in ("window", "ref_slot") if name in trained}
+    header = check_dit(args.checkpoint, TOY_TEXT[1], args.location, args.face)
+    trained = {name: header[name] for name in ("window", "ref_slot") if name in header}
     check_looks(args)
     if args.frames > 4 * trained.get("window", 5) - 3 and trained.get("ref_slot") == "copy":
         raise ValueError(
@@ -276,7 +276,7 @@ def score(args) -> dict:
     if args.frames < FRAMES:
         raise ValueError(f"--frames {args.frames}: a window has {FRAMES}, give that or more")
     device, dtype, _ = pick_device(args.device)
-    model, header = load_weights(args.checkpoint, dtype)
+    model = load_weights(args.checkpoint, dtype)[0].to(device).eval()
     vae = load_weights(args.vae, dtype, VAE_PRESETS["toy"])[0].to(device).eval()
     seeds = [f"seed {s}" for s in range(args.seeds)]
     rows = {name: [] for name in ("truth", "still reference", "driver's frames", *seeds)}
@@ -289,7 +289,7 @@ def score(args) -> dict:
         rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
         rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
         for seed in range(args.seeds):
-            videos = generate(model.to(device).eval(), vae, pairs, numbers, args, seed, **trained)
+            videos = generate(model, vae, pairs, numbers, args, seed, **trained)
             rows[seeds[seed]] += [measure(p, video) for p, video in zip(pairs, videos)]
             if seed == 0 and len(shown) < args.rows:
                 shown += zip(pairs, videos)

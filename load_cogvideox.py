@@ -396,11 +396,8 @@ def check_dit(path: Path, text_dim: int, location: str | None = None, face: str 
         raise ValueError(
             f"{path}: reads text states {width} wide, these are {text_dim}: give the backbone it was trained on"
         )
-    given = {
-        "location": location,
-        "face": face and ("none" if face == "none" else "centered"),
-    }  # in place is a matter of data
-    for name, value in given.items():
+    face = "centered" if face == "inplace" else face  # in place or not is a matter of the data
+    for name, value in {"location": location, "face": face}.items():
         if value and header.get(name, value) != value:
             raise ValueError(f"{path} was trained with --{name} {header[name]}, not {value}: give the same")
     return header

@@ -5,6 +5,8 @@ M = U S V' and steps by U V': equally far along all. The drawn world's VAE then 
 Paper silent: the 5B model trains with AdamW, as CogVideoX did.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,12 +22,17 @@ def is_matrix(p: Tensor) -> bool:
     return p.ndim >= 2 and min(p.shape[0], p.shape[1:].numel()) >= 16
 
 
+@cache  # asked for every shape of every step
+def fast_format(device: torch.device) -> torch.dtype:
+    return pick_device(device)[1]
+
+
 def orthogonal(m: Tensor) -> Tensor:
     """About U V' of each m = U S V' of (n, rows, columns), by Newton-Schulz iterations.
 
     bfloat16 suffices where it is fast (a CPU without instructions for it takes a hundred times as long); float64 stays.
     """
-    x = m if m.dtype == torch.float64 else m.to(pick_device(m.device)[1])
+    x = m if m.dtype == torch.float64 else m.to(fast_format(m.device))
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     x = x.mT if m.shape[1] > m.shape[2] else x  # the smaller product
     for _ in range(ITERATIONS):

@@ -566,8 +566,8 @@ def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
     if newest and not (args.resume or restarted and before == settings or args.dry_run):
         raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
     if newest and before:
-        given = ("resume", "dry_run", "device", "log_every", "save_every", "async_save", "keep", "workers")
-        changed = [name for name in settings if before.get(name) != settings[name] and name not in given]
+        free = ("resume", "dry_run", "device", "log_every", "save_every", "async_save", "keep", "workers")
+        changed = [name for name in settings if before.get(name) != settings[name] and name not in free]
         words = [f"{name} {before.get(name)} -> {settings[name]}" for name in changed]
         ranks.print(f"{run} goes on with other settings than before: {', '.join(words)}" if words else f"{run} goes on")
     return newest, settings
@@ -601,11 +601,8 @@ def wrap(args, ranks: Ranks, compute, master):
         for block in [*model.blocks, *(teacher.blocks if teacher else ())] if args.compile else ():
             block.compile()
     if ranks.count > 1 and whole:
-        return (
-            objective,
-            DistributedDataParallel(objective, gradient_as_bucket_view=True),
-            autocast,
-        )  # else gradients exist twice
+        copies = DistributedDataParallel(objective, gradient_as_bucket_view=True)  # else gradients exist twice
+        return objective, copies, autocast
     return objective, objective, autocast
 
 

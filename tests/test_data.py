@@ -1,5 +1,6 @@
 """What the network eats: mask pooling, padding, cue encoding, training samples."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -159,3 +160,10 @@ def test_a_folder_of_drawn_clips_keeps_its_settings(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             data.main(words + flags)
         assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_folder_of_another_vae_is_named_even_if_it_does_not_say_which(tmp_path):
+    """Folders that were made before the VAE was remembered."""
+    (tmp_path / "toy.json").write_text('{"variants": 1}')
+    with pytest.raises(ValueError, match="has --vae None, not toy-vae"):
+        data.remember(tmp_path / "toy.json", argparse.Namespace(variants=1, vae="toy-vae"), ("variants", "vae"))
