@@ -54,19 +54,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            alike = {}
-            for p in (p for p in group["params"] if p.grad is not None):
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            for p in params:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"]
-                momentum.mul_(group["momentum"]).add_(p.grad)
-                ahead = p.grad + group["momentum"] * momentum  # Nesterov's
-                ahead = ahead.full_tensor() if isinstance(p, DTensor) else ahead
-                alike.setdefault(ahead.flatten(1).shape, []).append((p, ahead))
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, grads)
+            ahead = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov's
+            alike, updates = {}, {}
+            for p, m in zip(params, ahead):
+                m = m.full_tensor() if isinstance(p, DTensor) else m
+                alike.setdefault(m.flatten(1).shape, []).append((p, m.flatten(1)))
             for shape, pairs in alike.items():
-                updates = 0.2 * max(shape) ** 0.5 * orthogonal(torch.stack([ahead.flatten(1) for _, ahead in pairs]))
-                for (p, ahead), update in zip(pairs, updates):
-                    update = update.view_as(ahead)
+                found = 0.2 * max(shape) ** 0.5 * orthogonal(torch.stack([m for _, m in pairs]))
+                for (p, _), update in zip(pairs, found):
+                    update = update.view(p.shape)
                     if isinstance(p, DTensor):
                         update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
+                    updates[p] = update
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(params, [updates[p] for p in params], alpha=group["lr"])
