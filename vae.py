@@ -59,6 +59,27 @@ class CausalConv3d(nn.Conv3d):
         return super().forward(x)
 
 
+def normalize(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm of (B, C, T, H, W) in channels-last memory, result likewise; computed in float32 or wider."""
+    (B, C), wide = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
+    inside = x.movedim(1, -1).reshape(B, -1, groups, C // groups).to(wide)
+    var, mean = torch.var_mean(inside, dim=(1, 3), correction=0)
+    del inside
+    scale = weight.to(wide).view(groups, -1) * (var + eps).rsqrt()[..., None]
+    shift = bias.to(wide).view(groups, -1) - scale * mean[..., None]
+    scale, shift = (part.view(B, C, 1, 1, 1) for part in (scale, shift))
+    return torch.addcmul(shift, x, scale, out=torch.empty_like(x))
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's leaves channels-last memory on a GPU and takes up to seven times a convolution's time there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or torch.is_grad_enabled():  # out= knows no gradients
+            return super().forward(x)
+        return normalize(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def spread(z: Tensor) -> Tensor:
     return z[:, :, :, None, :, None, :, None]
 
@@ -79,7 +100,7 @@ class Norm(nn.Module):
 
     def __init__(self, dim: int, config: VAEConfig, decoder: bool):
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_groups, dim, eps=config.norm_eps)
+        self.norm = GroupNorm(config.norm_groups, dim, eps=config.norm_eps)
         self.conv_y = nn.Conv3d(config.latent_channels, dim, 1) if decoder else None
         self.conv_b = nn.Conv3d(config.latent_channels, dim, 1) if decoder else None
 

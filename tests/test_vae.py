@@ -68,6 +68,28 @@ def test_causal_convolution_never_looks_ahead_and_chunks_equal_the_whole():
     torch.testing.assert_close(torch.cat(pieces, dim=2), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_gpu_group_norm_equals_pytorchs_and_stays_channels_last(dtype, tolerance, frames):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(2, 12).to(dtype)
+    x = (3 + 2 * torch.randn(2, 12, frames, 5, 6)).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    exact = F.group_norm(x.double(), 4, weight.double(), bias.double(), 1e-6)
+    found = vae_module.normalize(x, 4, weight, bias, 1e-6)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_vae_takes_that_group_norm_and_gives_what_the_cpu_gives(vae):
+    video = torch.rand(1, 9, 3, 64, 48) * 2 - 1
+    there = vae_module.CausalVAE(vae.config).eval().cuda()
+    there.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        for found, exact in zip(there.encode(video.cuda()), vae.encode(video)):
+            torch.testing.assert_close(found.cpu(), exact, rtol=1e-2, atol=1e-2)  # convolutions in TF32
+
+
 def test_causal_convolution_before_a_clip_sees_the_first_frame_standing_still():
     """Catches zero padding in time: a still clip would flicker at its start."""
     conv = CausalConv3d(6, 4)
