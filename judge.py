@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import cues
 import data
+import finder
 import toy
 from data import (
     ASSETS,
@@ -213,6 +214,16 @@ def summary(rows: list[dict]) -> dict:
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
+def place_of(pair: Pair, still: toy.Clip, args, draw) -> tuple:
+    """(frames, Track) whose masks say where A stands: of A's own clip, or with --place driver B's, aligned to A's picture
+    as sample.py does."""
+    if args.place == "clip":
+        return data.toy_pair(pair.truth, args, draw)[1]
+    reference_mask = finder.paint_mask(still.body[0], still.face[0])
+    find = replace(data.toy_finder(pair.driver), reference_mask=reference_mask)
+    return pair.driver.video, cues.analyse(pair.driver.video, pair.reference, find, cues.CueOptions())
+
+
 def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's latent (1, 16, h, w), and pose and face cues (1, 1+f, 17, h, w) with the reference's own at slot 0."""
     looks, device = replace(data.toy_looks(args), location=args.location), next(vae.parameters()).device
@@ -220,9 +231,9 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
     seed = FIRST + number
     still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(len(pair.truth.video)))
     streams = []
-    for place, motion in ((still, still), (pair.truth, pair.driver)):
+    for motion in (still, pair.driver):
         body, face = data.toy_pair(motion, args, draw)
-        _, own = data.toy_pair(place, args, draw)
+        own = data.toy_pair(still, args, draw)[1] if motion is still else place_of(pair, still, args, draw)
         rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
         mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
         streams.append(encode_cues(vae, padded(mixed), device, vae.config.scaling_factor))
@@ -302,6 +313,7 @@ def score(args) -> dict:
         "sampling_steps": args.steps,
         "degrade": args.degrade,
         "strength": args.strength,
+        "place": args.place,
         "machine": device_name(device),
     }
     result |= {"answers": answers, "training": history(args.checkpoint)}
@@ -385,6 +397,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")
     add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
+    add("--place", choices=["clip", "driver"], default="clip", help="Location Cue of the person's own clip, or of the driver's, aligned")
     add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
     add("--strength", type=float, default=1.0, help="of --degrade, 0 to 1")
     add("--sheet", type=Path, metavar="FILE", help=".png or .gif: reference, driver, output and truth of the first pairs")

@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
+import cues
 import judge
+import toy
 from evaluate import masked_l1
 from video import Video, read_image
 
@@ -21,6 +23,23 @@ def test_pairs_are_people_and_motions_that_no_training_clip_has():
     """data.py draws clips 0.. and 1,000,000.., other performers 500,000 further."""
     used = set(range(100_000)) | set(range(500_000, 600_000)) | set(range(1_000_000, 1_700_000))
     assert not used & {judge.FIRST + 10_000 * k + n for k in range(judge.PEOPLE) for n in range(10_000)}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_driver_gives_the_place_at_the_height_of_the_person(pairs, number):
+    """Medians over the clip: the driver's aligned outline is as high as the person in her picture, and is not her own."""
+    pair, args = pairs[number], judge.parse_args(["--place", "driver"])[1]
+    seed = judge.FIRST + (0, 2)[number]
+    still = toy.render(seed, seed, frames=1, size=96, start=judge.reference_moment(17))
+    frames, track = judge.place_of(pair, still, args, None)
+    hard = cues.CueOptions(location="hard")
+    masks = np.stack([row[2][0] for row in cues.render(frames, track, None, hard)])
+    height = lambda bodies: np.median([np.ptp(np.nonzero(body)[0]) + 1 for body in bodies])  # noqa: E731
+    assert abs(height(masks > 0.5) / height(still.body) - 1) < 0.1
+    assert (masks > 0.5)[:, 8:-8, 8:-8].sum() and np.abs(masks - pair.truth.body).mean() > 0.02
+    args.place = "clip"
+    _, own = judge.place_of(pair, still, args, None)
+    assert all(np.array_equal(own.mask(t), body) for t, body in enumerate(pair.truth.body))
 
 
 def test_the_locator_is_exact_on_the_truth_and_on_moved_truth(pairs):
