@@ -53,7 +53,7 @@ from evaluate import masked_l1, masked_psnr
 from load_cogvideox import check_dit, load_weights
 from machine import device_name, pick_device
 from vae import VAE_PRESETS
-from video import HelpFormatter, check_output, write_gif, write_image
+from video import HelpFormatter, check_output, natural, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
 FRAMES = 17  # of a window of 5 latents
@@ -226,7 +226,8 @@ def place_of(pair: Pair, still: toy.Clip, args, draw) -> tuple:
 
 def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The reference's latent (1, 16, h, w), and pose and face cues (1, 1+f, 17, h, w) with the reference's own at slot 0."""
-    looks, device = replace(data.toy_looks(args), location=args.location), next(vae.parameters()).device
+    looks = replace(data.toy_looks(args), location=args.location, cell=args.soften_cell)
+    device = next(vae.parameters()).device
     draw = data.keyed(FIRST, number)
     seed = FIRST + number
     still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(len(pair.truth.video)))
@@ -268,8 +269,6 @@ def generate(
 
 def score(args) -> dict:
     """Numbers of the model, for each sampling seed, and of the trivial answers: means over pairs."""
-    if min(args.pairs, args.seeds, args.rows) < 1:
-        raise ValueError(f"--pairs {args.pairs} --seeds {args.seeds} --rows {args.rows}: give at least 1 of each")
     if args.strength != 1 and args.degrade == "none":
         raise ValueError(f"--strength {args.strength:g} is of --degrade: name what is wrong with the driving clips")
     if args.joint_noise and args.pose_cue != "skeleton":
@@ -314,6 +313,7 @@ def score(args) -> dict:
         "degrade": args.degrade,
         "strength": args.strength,
         "place": args.place,
+        "soften_cell": args.soften_cell,
         "machine": device_name(device),
     }
     result |= {"answers": answers, "training": history(args.checkpoint)}
@@ -387,9 +387,9 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", default=ASSETS / "toy.safetensors", help="run folder or weights file of stage 1 or 2")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
-    add("--pairs", type=int, default=64, help="pairs of a person and a motion, none of them in any training data")
-    add("--seeds", type=int, default=3, help="sampling seeds")
-    add("--steps", type=int, default=20, help="denoising steps")
+    add("--pairs", type=natural, default=64, help="pairs of a person and a motion, none of them in any training data")
+    add("--seeds", type=natural, default=3, help="sampling seeds")
+    add("--steps", type=natural, default=20, help="denoising steps")
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="dpm adds noise at each step, ddim does not")
     add("--frames", type=int, default=FRAMES, help="of a clip; more than 17 are sampled in windows, and judged over time too")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="as the model was trained")
@@ -398,10 +398,11 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
     add("--place", choices=["clip", "driver"], default="clip", help="Location Cue of the person's own clip, or of the driver's, aligned")
+    add("--soften-cell", type=natural, default=16, help="side of the Location Cue's softening cells, pixels; training has 8, 16 and 32")
     add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
     add("--strength", type=float, default=1.0, help="of --degrade, 0 to 1")
     add("--sheet", type=Path, metavar="FILE", help=".png or .gif: reference, driver, output and truth of the first pairs")
-    add("--rows", type=int, default=6, help="pairs on the sheet")
+    add("--rows", type=natural, default=6, help="pairs on the sheet")
     add("--device", help="cuda, mps or cpu (default: the best one present)")
     add("-o", "--output", type=Path, metavar="JSON", help="write the numbers")
     return parser, parser.parse_args(argv)

@@ -6,11 +6,13 @@ import warnings
 import cv2
 import numpy as np
 import pytest
+import torch
 
 import cues
 import judge
 import toy
 from evaluate import masked_l1
+from load_cogvideox import load_weights
 from video import Video, read_image
 
 
@@ -40,6 +42,17 @@ def test_a_driver_gives_the_place_at_the_height_of_the_person(pairs, number):
     args.place = "clip"
     _, own = judge.place_of(pair, still, args, None)
     assert all(np.array_equal(own.mask(t), body) for t, body in enumerate(pair.truth.body))
+
+
+def test_the_location_cue_is_softened_by_the_cells_that_are_asked_for(pairs):
+    """Frame 0's latent of the mask channel against the reference softening of A's own silhouette."""
+    vae = load_weights(judge.ASSETS / "toy-vae.safetensors", torch.float32)[0].eval()
+    for cell in (8, 32):
+        args = judge.parse_args(["--soften-cell", str(cell)])[1]
+        _, pose, _ = judge.conditions(vae, pairs[0], args, 0)
+        soft = cues.grid_soften(np.float32(pairs[0].truth.body[:1]), cell)
+        expected = torch.nn.functional.avg_pool2d(torch.from_numpy(soft), 8)[0]
+        assert torch.allclose(pose[0, 1, 16], expected, atol=1e-6)
 
 
 def test_the_locator_is_exact_on_the_truth_and_on_moved_truth(pairs):
@@ -151,10 +164,7 @@ def test_drift_is_the_slope_and_seam_what_changes_where_latents_meet():
 
 def test_long_clips_are_sampled_in_windows_and_measured_over_time(monkeypatch):
     """A stand-in for the model that answers with the truth's own v: 20 frames, exact count, and every window asked for."""
-    import torch
-
     from data import toy_text
-    from load_cogvideox import load_weights
 
     vae, asked = load_weights(judge.ASSETS / "toy-vae.safetensors", torch.float32)[0].eval(), []
 
@@ -207,8 +217,8 @@ def test_a_sheet_shows_reference_driver_output_and_truth(pairs, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--pairs", "0"], "give at least 1"),
-        (["--sheet", "s.png", "--rows", "0"], "give at least 1"),
+        (["--pairs", "0"], "argument --pairs: 0: give a whole number, 1 or more"),
+        (["--soften-cell", "0"], "argument --soften-cell: 0: give a whole number, 1 or more"),
         (["-o", "nofolder/x.json"], "nofolder does not exist"),
         (["--sheet", "nofolder/x.png"], "nofolder does not exist"),
         (["--sheet", "x.jpg"], "must end in .png or .gif"),
