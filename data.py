@@ -143,6 +143,17 @@ def image_condition(image: Tensor, slots: int) -> Tensor:
     return condition
 
 
+def window_inputs(latents: Tensor, start: int, image: Tensor, pose: Tensor, face: Tensor, ref_slot: str) -> tuple:
+    """What the DiT reads in sampling: latents (B, n, 16, h, w) of slot 0 and a window that starts at the clip's latent `start`.
+
+    Returns x (B, n, 32, h, w) and the cues (B, n, 17, h, w) of its slots. With ref_slot "copy" slot 0 is a copy of the
+    window's first latent, cues included.
+    """
+    n = latents.shape[1]
+    slots = [1 + start if ref_slot == "copy" else 0, *range(1 + start, start + n)]
+    return torch.cat([latents, image_condition(image, n)], dim=2), pose[:, slots], face[:, slots]
+
+
 # ---- one clip into the cache ---------------------------------------------------------------------------------------
 
 

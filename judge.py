@@ -41,11 +41,11 @@ from data import (
     TOY_TEXT,
     encode_cues,
     encode_image,
-    image_condition,
     padded,
     to_picture,
     to_tensor,
     toy_text,
+    window_inputs,
     write_text,
 )
 from diffusion import Schedule, ddim, dpm_solver, windows
@@ -255,10 +255,8 @@ def generate(
     text = toy_text().expand(len(pairs), -1, -1).to(pose)
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
-        n = latents.shape[1]
-        index = [1 + start if ref_slot == "copy" else 0, *range(1 + start, start + n)]
-        x = torch.cat([latents, image_condition(image, n)], dim=2)
-        return model(x, torch.tensor([step], device=x.device), text, pose[:, index], face[:, index]).float()
+        x, *cue_streams = window_inputs(latents, start, image, pose, face, ref_slot)
+        return model(x, torch.tensor([step], device=x.device), text, *cue_streams).float()
 
     fused = windows(velocity, pose.shape[1] - 1, window)
     solver, extra = (dpm_solver, {"noise": draw}) if args.sampler == "dpm" else (ddim, {})

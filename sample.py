@@ -117,7 +117,7 @@ from tqdm import tqdm  # noqa: E402
 import budget  # noqa: E402
 import cues  # noqa: E402
 import finder  # noqa: E402
-from data import encode_cues, encode_image, image_condition, padded, save_cache, to_picture, to_tensor, toy_text  # noqa: E402
+from data import encode_cues, encode_image, padded, save_cache, to_picture, to_tensor, toy_text, window_inputs  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
     check_dit,
@@ -316,14 +316,11 @@ def denoise(
     first, last = (1000 * (1 - part) for part in args.guidance_interval[::-1])  # steps count down from 999
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
-        n = latents.shape[1]
-        slot_0 = 1 + start if ref_slot == "copy" else 0
-        index = torch.tensor([slot_0, *range(1 + start, start + n)], device=device)
+        x, *cue_streams = window_inputs(latents, start, image, pose, face, ref_slot)
         at = torch.tensor([step], device=device)
-        x = torch.cat([latents, image_condition(image, n)], dim=2)
         states = text if first <= step <= last else text[:1]
         parts = states.split(1 if args.sequential else len(states))
-        v = [dit(x.expand(len(t), -1, -1, -1, -1), at, t, pose[:, index], face[:, index]) for t in parts]
+        v = [dit(x.expand(len(t), -1, -1, -1, -1), at, t, *cue_streams) for t in parts]
         v = torch.cat(v).float()
         return v if len(v) == 1 else v[1:] + args.guidance * (v[:1] - v[1:])
 

@@ -167,3 +167,19 @@ def test_a_folder_of_another_vae_is_named_even_if_it_does_not_say_which(tmp_path
     (tmp_path / "toy.json").write_text('{"variants": 1}')
     with pytest.raises(ValueError, match="has --vae None, not toy-vae"):
         data.remember(tmp_path / "toy.json", argparse.Namespace(variants=1, vae="toy-vae"), ("variants", "vae"))
+
+
+@pytest.mark.parametrize("ref_slot", ["reference", "copy"])
+def test_a_window_reads_the_reference_and_its_own_part_of_the_cues(ref_slot):
+    """Slot by slot: latents and condition side by side; the cues of slot 0 are the reference's, or the window's first."""
+    B, f, n, start = 2, 7, 3, 2
+    latents, image = torch.randn(B, n + 1, 16, 4, 4), torch.randn(B, 16, 4, 4)
+    pose, face = torch.randn(2, B, 1 + f, 17, 4, 4)
+    x, *cue_streams = data.window_inputs(latents, start, image, pose, face, ref_slot)
+    for b in range(B):
+        for slot in range(n + 1):
+            condition = image[b] if slot == 0 else torch.zeros(16, 4, 4)
+            assert torch.equal(x[b, slot], torch.cat([latents[b, slot], condition]))
+            source = slot + start if slot else {"reference": 0, "copy": start + 1}[ref_slot]
+            assert torch.equal(cue_streams[0][b, slot], pose[b, source])
+            assert torch.equal(cue_streams[1][b, slot], face[b, source])
