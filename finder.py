@@ -298,7 +298,7 @@ class Finder:
             if self.masks is None:
                 person = choose(self.segmenter(frame, previous), previous, frame.shape, self.person)
             elif frame is None or mask is None:
-                raise ValueError(f"masks and driving frames part after {index}: give one mask for each frame")
+                raise ValueError(f"masks and driving frames part after {index}: give one mask for each frame that --fps, if given, picks")
             else:
                 body, face = read_mask(mask, *frame.shape[:2])
                 person = Person(body, 1.0, 1.0)

@@ -77,6 +77,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         parser.error("give REFERENCE and DRIVE, or neither for the drawn example")
     if args.reference is None:
         for name, path in EXAMPLE.items():
+            if getattr(args, name):
+                parser.error(f"--{name.replace('_', '-')} is of clips of yours: give REFERENCE and DRIVE too")
             setattr(args, name, path)
     if args.fast and args.steps is not None:
         parser.error("--fast is --steps 20: give one of them")
@@ -413,7 +415,8 @@ def animate(args) -> None:
     progress = lambda frames: tqdm(frames, desc="cues", unit="frame", total=source.frames)  # noqa: E731
     track = analysed(args, source, reference, find, args.masks, options, progress)
     frames = len(track.accepted)
-    print(f"{frames} frames at {float(source.fps):g}/s, output {width}x{height}; {track.summary()}")
+    picked = f", picked from {source.total}," if args.fps and source.total != frames else ""
+    print(f"{frames} frames{picked} at {float(source.fps):g}/s, output {width}x{height}; {track.summary()}")
     if header.get("ref_slot") == "copy" and frames > (longest := 4 * header.get("window", 13) - 3):
         raise ValueError(f"{args.checkpoint} was trained with --ref-slot copy, where each window has a slot 0 of its own: at most "
                          f"{longest} frames, not {frames}")  # fmt: skip
@@ -428,7 +431,8 @@ def animate(args) -> None:
     network, trained = open_transformer(args, dtype)
     network = place(args, network, device, dtype)
     if args.compile:
-        network.compile()
+        for block in network.blocks:
+            block.forward = torch.compile(block.forward)  # block.compile() would trace the hooks of --offload too
     args.sequential = sequential(args, network.config, pose, text, trained.get("window", 13), device, dtype)
     latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
     del network

@@ -547,8 +547,11 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
     if room and needed(args.shard, *here) > room:
         nearest = budget.nearest_fit(room, args.shard, *here, needed)
         raise ValueError(f"this needs {said}; what would fit: {nearest or 'nothing, on ranks like these'}")
-    if peak := ranks.peak():
-        ranks.print(f"about {flops / peak / budget.MFU:.2f} s a step at {budget.MFU:.0%} of the peak")
+    peak, whose = ranks.peak(), "the"
+    if args.dry_run and not peak:
+        peak, whose = budget.PEAK["H100"], "an H100's"
+    if peak:
+        ranks.print(f"about {flops / peak / budget.MFU:.2g} s a step at {budget.MFU:.0%} of {whose} peak")
 
     def flops_of(batch: dict) -> float:
         count, slots, _, h, w = batch["latents"].shape
@@ -722,8 +725,9 @@ def report(args, done, objective, ema, shown, vae, ranks, autocast, dtype, log) 
     if shown is not None:
         with swapped(objective.model, ema):
             if shown.split == "test":
+                before = shown.skipped
                 value = held_out_loss(objective, shown, ranks, autocast, dtype)
-                log({"step": done, "held_out": value})
+                log({"step": done, "held_out": value, "skipped_samples": ranks.count_all(shown.skipped - before)})
                 ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
             if vae:
                 strip = sample_strip(objective.model, vae, shown, ranks, autocast, dtype)

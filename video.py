@@ -151,7 +151,8 @@ class Video:
 
     path: Path. has_audio: bool. height, width: in pixels, upright and square.
     fps: Fraction, of the frames yielded; where durations vary it is the mean, so that sound stays in step.
-    frames: how many are yielded; counted in packets, so too high for codecs with hidden frames (VP8).
+    frames: how many are yielded; total: how many there are. Counted in packets, so too high for codecs with hidden
+    frames (VP8).
     """
 
     def __init__(self, path: str | Path, fps: float | Fraction | None = None,
@@ -164,13 +165,13 @@ class Video:
         self._files = _numbered(self.path) if self.path.is_dir() else None
         self._pick = fps is not None and not self._files
         if self._files:
-            self._rate, self._count, self.has_audio = Fraction(fps or 25), len(self._files), False
+            self._rate, self.total, self.has_audio = Fraction(fps or 25), len(self._files), False
             first = read_image(self._files[0])
         else:
             first = self._probe()
         self.height, self.width = first.shape[:2]
         self.fps = Fraction(fps or self._rate).limit_denominator(1001)
-        self._picks = math.ceil(self._count / self._rate * self.fps) if self._pick else self._count
+        self._picks = math.ceil(self.total / self._rate * self.fps) if self._pick else self.total
         self.frames = len(range(self._picks)[start:stop])
         if not self.frames:
             raise ValueError(f"start={start}: {path} has {self._picks} frames; use at most {self._picks - 1}")
@@ -199,7 +200,7 @@ class Video:
         return tracks[0]
 
     def _probe(self) -> np.ndarray:
-        """Frame 0. Sets has_audio, _rate, _size (width, height before turning), _count (whole frames) and
+        """Frame 0. Sets has_audio, _rate, _size (width, height before turning), total (whole frames) and
         _lost (frames that the index places beyond the end of the file); one pass over the file's packets.
         """
         with _open(self.path) as container:
@@ -208,14 +209,14 @@ class Video:
                 for packet in container.demux(stream):
                     if packet.size and not (packet.is_discard or packet.is_corrupt):
                         times.append(packet.pts)
-            size, self._count = self.path.stat().st_size, len(times)
+            size, self.total = self.path.stat().st_size, len(times)
             self._lost = sum(entry.pos + entry.size > size for entry in stream.index_entries)
             self.has_audio = bool(_tracks(container.streams.audio))
             known = [t for t in times if t is not None] or [0]
             span, declared = (max(known) - min(known)) * stream.time_base, stream.average_rate
             aspect = stream.sample_aspect_ratio or 1
         # Declared rates are exact where timestamps are rounded (mkv: to 1 ms), guesses where durations vary.
-        steps = self._count - 1
+        steps = self.total - 1
         trusted = declared and (self._lost or abs(declared * span - steps) < 0.5)
         self._rate = Fraction(declared if trusted else steps / span if span else 25).limit_denominator(1001)
         with contextlib.closing(self._decode()) as frames:
@@ -231,7 +232,7 @@ class Video:
 
         def fault() -> ValueError:
             kind = "truncated" if self._lost else "corrupt"
-            return ValueError(f"{self.path} is {kind}: {done} of {self._count + self._lost} frames decode")
+            return ValueError(f"{self.path} is {kind}: {done} of {self.total + self._lost} frames decode")
 
         with _open(self.path) as container:
             stream = self._track(container)

@@ -1,6 +1,7 @@
 """sample.py end to end on small random networks, and every user mistake that should end in one sentence."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,17 @@ def test_the_vae_runs_in_tiles_where_it_does_not_fit_unless_told(example, monkey
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("offload", ["--offload", "--no-offload"])
+def test_compiled_blocks_give_the_same_picture(example, tmp_path, offload):
+    """Also where each block's weights are fetched for as long as it runs."""
+    for name, flags in (("a", []), ("b", ["--compile"])):
+        run(example, "-o", tmp_path / f"{name}.mp4", offload, "--dtype", "float32", *flags)
+    a, b = (np.stack(list(Video(tmp_path / f"{n}.mp4"))).astype(int) for n in "ab")
+    assert abs(a - b).mean() < 0.1 and a.std() > 10
+
+
 def test_comparison_shows_reference_driver_cues_and_output(example, tmp_path):
     """One row of six pictures a frame; catches a lost frame, a wrong order and cues of another size."""
     out = tmp_path / "out.mp4"
@@ -295,6 +307,7 @@ def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
     for words, named in (
         (["ref.png"], "DRIVE"),
         (["--prompt", "a dancer"], "--backbone"),
+        (["--masks", "mine"], "--masks is of clips of yours"),
         (["--guidance", "0"], "--guidance needs a --backbone"),
         (["--no-sequential"], "--sequential needs a --backbone"),
         (["--preset", "tiny", "--guidance", "1", "--guidance-interval", "0", "0.5"], "--guidance 1 turns guidance off"),
@@ -305,6 +318,20 @@ def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
         with pytest.raises(SystemExit) as end:
             sample.parse_args(words)
         assert end.value.code == 2 and named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "fps, frames, said", [(4, 5, "5 frames, picked from 10, at 4/s"), (None, 10, "10 frames at 8/s")]
+)
+def test_frames_are_picked_at_the_rate_that_is_asked_for(example, tmp_path, capsys, fps, frames, said):
+    """10 frames at 8/s last 1.25 s: 5 frames at 4/s, every other one."""
+    (tmp_path / "masks").mkdir()
+    for i in range(0, 10, 10 // frames):
+        shutil.copy(example / f"masks/{i:03d}.png", tmp_path / "masks")
+    run(example, "-o", tmp_path / "out.mp4", *(("--fps", fps) if fps else ()), masks=tmp_path / "masks")
+    assert said in capsys.readouterr().out
+    made = Video(tmp_path / "out.mp4")
+    assert made.fps == (fps or 8) and len(list(made)) == frames
 
 
 def test_the_picture_follows_the_cues_and_the_reference(example, tmp_path):

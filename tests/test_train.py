@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -698,6 +700,57 @@ def test_a_dry_run_of_the_drawn_world_draws_nothing(tmp_path, monkeypatch, capsy
     assert "432 video" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def planned(folder, run, *flags, room=None, count=4, peak=None, monkeypatch=None):
+    """(--shard as `plan` leaves it, what it prints) for so many ranks that have `room` bytes each."""
+    _, args = train.parse_args(arguments(folder, run, *flags))
+    said, clips = [], train.data.Clips(folder, args, 0.7)
+    monkeypatch.setattr(train.budget, "capacity", lambda device, ranks_here: room)
+    stub = SimpleNamespace(
+        count=count, device=torch.device("cpu"), least=lambda n: n, peak=lambda: peak, print=said.append
+    )
+    train.plan(args, clips, stub, torch.float32, torch.float32)
+    return args.shard, "\n".join(said)
+
+
+def test_the_plan_shards_as_little_as_fits_and_refuses_what_cannot(folder, tmp_path, monkeypatch):
+    """Against the sums of budget.memory, a byte above and below; the refusal names what would fit."""
+    config = replace(DIT_PRESETS["tiny"], depth=6)  # of two blocks `full` has both in memory, as `optimizer` does
+    monkeypatch.setitem(DIT_PRESETS, "tiny", config)
+    plan = partial(planned, folder, tmp_path / "r", monkeypatch=monkeypatch)
+    needed = {
+        mode: sum(train.budget.memory(config, 4, mode, True, 0, 18, 4, 2, False, 4, 4).values())
+        for mode in ("none", "optimizer", "full")
+    }
+    assert needed["full"] < needed["optimizer"] < needed["none"]
+    assert plan()[0] == plan(room=needed["none"])[0] == plan(room=1e15, count=1)[0] == "none"
+    assert plan(room=needed["none"] - 1)[0] == plan(room=needed["optimizer"])[0] == "optimizer"
+    shard, said = plan(room=needed["optimizer"] - 1)
+    assert shard == "full" and "Adam's moments" in said and "--shard full: " in said
+    with pytest.raises(ValueError, match="this needs .* GiB a rank: .*what would fit: --shard full"):
+        plan("--shard", "none", room=needed["full"])
+    with pytest.raises(ValueError, match="nothing, on ranks like these"):
+        plan(room=10)
+
+
+def test_the_plan_says_how_long_a_step_takes(folder, tmp_path, monkeypatch):
+    """FLOPs over 30 % of the GPU's peak; of an H100's where a dry run has no GPU; else nothing."""
+    plan = partial(planned, folder, tmp_path / "r", monkeypatch=monkeypatch)
+    flops = train.budget.step_flops(DIT_PRESETS["tiny"], 18, 4, 2, 0)
+    assert f"about {flops / 0.3e12:.2g} s a step at 30% of the peak" in plan(peak=1e12)[1]
+    assert f"about {flops / 0.3 / 989e12:.2g} s a step at 30% of an H100's peak" in plan("--dry-run")[1]
+    assert "s a step" not in plan()[1]
+
+
+def test_the_terminal_shows_losses_speed_use_and_time_left(folder, tmp_path):
+    _, args = train.parse_args(arguments(folder, tmp_path, "--steps", 5000))
+    record = {"step": 1000, "denoise": 0.5, "grad": 1.25, "steps_per_s": 0.5, "waiting_for_data": 0.02}
+    line = lambda peak: train.progress(args, SimpleNamespace(peak=lambda: peak), record, {"denoise": 0}, 3e12)  # noqa: E731
+    assert line(1e13) == (
+        "stage 1 | step 1000/5000 | denoise 0.5000 | grad 1.25 | 0.50 it/s | MFU 30% | 2% waiting | 2:13 left"
+    )
+    assert "| 3 TFLOP/s |" in line(None)
+
+
 def test_a_step_sees_one_bucket_and_an_epoch_every_clip(mixed, tmp_path):
     """Two sizes, 4 and 2 clips, batches of 2: three steps an epoch; every clip once, never two sizes in a step."""
     _, args = train.parse_args(arguments(mixed, tmp_path))
@@ -710,6 +763,33 @@ def test_a_step_sees_one_bucket_and_an_epoch_every_clip(mixed, tmp_path):
             seen += [bucket[p]["id"] for p in places]
             assert clips.batch(step, range(2), 2)["pose"].shape[-1] == bucket[places[0]]["width"] // 8
         assert sorted(seen) == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_conditions_are_dropped_as_often_as_the_architecture_says(folder, tmp_path):
+    """Text 0.1, reference 0.05, all cues 0.1, face 0.05 of 2,000 samples, within 4 standard deviations; what is dropped is 0,
+    in slot 0 too, and the test split drops nothing."""
+    _, args = train.parse_args(arguments(folder, tmp_path))
+    clips, count = train.data.Clips(folder, args, 0.7), 2000
+    (bucket,) = clips.buckets.values()
+    dropped = dict.fromkeys(("text", "reference", "cues", "face"), 0)
+    for n in range(count):
+        sample = clips.sample(bucket, n % len(bucket), train.data.keyed(n))
+        gone = {name: not sample[name].any() for name in ("text", "condition", "pose", "face")}
+        slot_0 = {name: not sample[name][0].any() for name in ("pose", "face")}
+        assert slot_0["pose"] == (gone["condition"] or gone["pose"]) and slot_0["face"] >= slot_0["pose"]
+        dropped["text"] += gone["text"]
+        dropped["reference"] += gone["condition"]
+        dropped["cues"] += gone["pose"]
+        dropped["face"] += gone["face"] and not gone["pose"]
+    for name, rate in dict(text=0.1, reference=0.05, cues=0.1, face=0.05 * 0.9).items():
+        assert abs(dropped[name] - rate * count) < 4 * (count * rate * (1 - rate)) ** 0.5, (name, dropped[name])
+    held_out = train.data.Clips(folder, args, 0.7, split="test")
+    (bucket,) = held_out.buckets.values()
+    for n in range(100):
+        sample = held_out.sample(bucket, n % len(bucket), train.data.keyed(n))
+        assert (
+            all(sample[name].flatten(1).any(1).all() for name in ("text", "pose", "face")) and sample["condition"].any()
+        )
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
