@@ -65,6 +65,9 @@ class CueOptions:
             raise ValueError(f"cutoff={self.cutoff} must be above 0 and cell={self.cell} at least 1")
 
 
+READ_BY_ANALYSE = "align", "min_iou", "min_stability", "max_area_jump", "min_overlap"
+
+
 # ---- Pose Cue: low-pass in the frequency domain (Fig. 7) ----
 
 @lru_cache(maxsize=4)

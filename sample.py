@@ -248,8 +248,10 @@ def digest(*things) -> str:
 def analysed(args, video, reference, find, masks: str | None, options, progress=iter) -> cues.Track:
     """Pass 1 of `cues.py` over a clip (a Video, or the reference alone), remembered in --cache. find(): the finder."""
     files = [path and Path(path) for path in (masks, args.reference_mask, args.segmenter, args.sam, args.face_model)]
+    files += [Path(module.__file__) for module in (cues, finder)]  # changed code finds other things
     source = video.path if isinstance(video, Video) else "reference"
-    name = digest(source, *files, reference.tobytes(), reference.shape, args.person, args.fps, options)
+    read = [getattr(options, name) for name in cues.READ_BY_ANALYSE]
+    name = digest(source, *files, reference.tobytes(), reference.shape, args.person, args.fps, read)
     path = args.cache / "cues" / f"{name}.npz"
     if path.is_file():
         return cues.Track.load(path)
@@ -363,16 +365,16 @@ def driving_rows(args, source: Video, track, reference, options):
                     f"--{name} {path} has {video.frames} frames, {source.path} {source.frames}: give as many"
                 )
             given = argparse.Namespace(**vars(args) | {"masks": masks})  # and so networks where there are none
-            track = analysed(args, video, reference, partial(finder.from_arguments, given), masks, options)
-            others[name] = video, track
-            print(f"--{name} {path}: {track.summary()}")
+            found = analysed(args, video, reference, partial(finder.from_arguments, given), masks, options)
+            others[name] = video, found
+            print(f"--{name} {path}: {found.summary()}")
 
     def rows():
         streams = [cues.render(source, track, size, options)]
         streams += [cues.render(*others[name], size, options) for name in others]
         for row, *rest in zip(*streams):
-            found = dict(zip(others, rest))
-            yield found.get("pose", row)[0], found.get("face", row)[1], *row[2:]
+            instead = dict(zip(others, rest))
+            yield instead.get("pose", row)[0], instead.get("face", row)[1], *row[2:]
 
     return rows
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import urllib.error
+from dataclasses import fields
 from pathlib import Path
 
 import cv2
@@ -629,6 +630,17 @@ def test_another_clip_than_the_analysed_one_is_one_sentence():
     for wrong in (CLIP[:-1], np.concatenate((CLIP, CLIP))):
         with pytest.raises(ValueError, match="not the 12 frames"):
             list(render(wrong, track))
+
+
+def test_the_first_pass_reads_no_other_options_than_it_says():
+    """sample.py remembers tracks by these: one that is missing there would give stale masks."""
+    plain = vars(analyse(CLIP, REFERENCE, GIVEN))
+    for entry in fields(CueOptions):
+        if entry.name not in cues.READ_BY_ANALYSE:
+            value = (entry.metadata["choices"] or (None, 3 * entry.default))[1]
+            found = vars(analyse(CLIP, REFERENCE, GIVEN, CueOptions(**{entry.name: value})))
+            for name in plain:
+                np.testing.assert_array_equal(plain[name], found[name], entry.name)
 
 
 def test_a_track_survives_the_disk(tmp_path):

@@ -149,6 +149,7 @@ def test_a_second_run_on_the_same_files_looks_for_nobody(example, tmp_path, monk
             patch.setattr(module, name, forbidden)
         run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
         assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+        run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache", "--soften-cell", 8)  # where she is stays
         write_image(tmp_path / "half.png", read_image(example / "ref_mask.png") * (np.arange(96) < 48)[:, None, None])
         for extra in (
             ["--align", "none"],
@@ -175,6 +176,17 @@ def test_pose_and_face_of_other_videos_and_the_place_of_the_driver(example, tmp_
         run(example, "-o", tmp_path / f"{name}.mp4", "--guidance", 1, *extra)
         made[name] = (tmp_path / f"{name}.mp4").read_bytes()
     assert made["plain"] == made["same"] != made["pose"]
+    rows = {}
+    for name, extra in (("plain", []), ("pose", pose)):
+        _, args = sample.parse_args(arguments(example, *extra))
+        options, video = cues.options(args), Video(args.drive)
+        reference = sample.cover(read_image(args.reference), 96, 64)
+        track = cues.analyse(video, reference, finder.from_arguments(args), options)
+        rows[name] = list(sample.driving_rows(args, video, track, reference, options)())
+    for plain, row in zip(rows["plain"], rows["pose"], strict=True):
+        assert not np.array_equal(plain[0], row[0]) and all(map(np.array_equal, plain[1:], row[1:])), (
+            "DRIVE gives face and place"
+        )
     write_video(tmp_path / "long.mp4", np.concatenate([other.video] * 2), Fraction(8))
     assert "20 frames" in mistake(example, "-o", tmp_path / "x.mp4", "--pose", tmp_path / "long.mp4")
 
