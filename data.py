@@ -9,7 +9,7 @@ Frozen networks run once: a data folder caches, for every clip, all that they sa
     python data.py toy -o DATA              # clips of the drawn world, ready for train.py
     python data.py prepare VIDEOS -o DATA --backbone DIR            # real ones, and what follows: see prepare.py
 
-    DATA/clips.jsonl            a line a clip: id, split, frames, fps, height, width, pseudo: how many other identities drive it
+    DATA/clips.jsonl            a line a clip: id, split, frames, fps, height, width, pseudo: the other identities that drive it
     DATA/cache/ID.safetensors   latents (f,16,h,w) as mean and logvar; pose, face (K,f,16,h,w), variant 0 plain, the others augmented;
                                 pseudo_pose, pseudo_face (P*K,f,16,h,w); body, face_mask (T,H,W/8) packed bits; R
                                 reference frames, clean and noisy, with their cues: ref_* (R,16,h,w), ref_frame (R,);
@@ -158,7 +158,10 @@ def window_inputs(latents: Tensor, start: int, image: Tensor, pose: Tensor, face
 
 
 def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
-    """(frames,) bool: runs of 1-4 frames whose Pose Cue is dropped, at most 15 % of the clip, in 3 clips of 10 (Sec. 3.1)."""
+    """(frames,) bool: frames whose Pose Cue is dropped, as those are that segmentation loses (Sec. 3.1).
+
+    Paper silent: how many. Here runs of 1-4, at most 15 % of the clip, in 3 clips of 10.
+    """
     drop = np.zeros(frames, bool)
     chance = generator.random()
     starts, lengths = generator.integers(frames, size=3), generator.integers(1, 5, size=3)
@@ -175,7 +178,7 @@ def cue_variant(body: tuple, face: tuple, k: int, generator, misalign: float, lo
     """Variant k of a clip's cues, stacked: pose, face (T, 3, H, W), body, face mask (T, 1, H, W), float32.
 
     body, face: (frames, Track) that the Pose Cue and the rest come from, mostly one and the same. Variant 0 is plain,
-    each other one has a cut-off and blank runs of its own; `misalign` > 0 moves its Pose Cue, see `misalignment` (A.2).
+    each other one has a cut-off (Paper silent: 0.08 to 0.20) and blank runs of its own; `misalign` > 0 moves its Pose Cue, see `misalignment` (A.2).
     """
     options = replace(looks, location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else looks.cutoff)
     drop = blank_runs(len(body[1].accepted), generator) if k else None
@@ -223,7 +226,7 @@ def encode_clip(
 
     own: the clip's own pair of body and face, see `cue_variant`, whose frames may be the video's larger original;
     pairs: those of other identities. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key`
-    seeds every draw.
+    seeds every draw. Paper silent: noise on the reference's pixels; as CogVideoX's.
     """
     variant = [cue_variant(*own, k, keyed(*key, k), 0, looks) for k in range(variants)]
     pose, face, body, face_mask = variant[0]
@@ -231,7 +234,7 @@ def encode_clip(
     shown = np.flatnonzero(own[0][1].accepted)  # a reference shows the person
     frame = np.sort(generator.choice(shown, size=min(refs, len(shown)), replace=False))
     pictures = to_tensor(video[frame])
-    sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()  # as CogVideoX's
+    sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
     single = lambda p: cache_latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
     coded = vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
@@ -482,8 +485,9 @@ class Clips:
     def read(self, file, generator: np.random.Generator) -> dict[str, Tensor]:
         """Cut a window, choose reference and variants, drop conditions; all draws from `generator`, in a fixed order.
 
-        Paper silent: how often conditions are dropped, and what the cues of slot 0 are. Here the reference's own, so that the
-        model has one pair of a cue and its appearance before its eyes.
+        Paper silent: how often conditions are dropped; which frame is the reference, here one outside the window if there
+        is any; what the cues of slot 0 are, here the reference's own, so that the model has one pair of a cue and its
+        appearance before its eyes.
         """
         args, scale = self.args, self.scale
         f = file.get_slice("mean").get_shape()[0]
@@ -544,7 +548,10 @@ class Clips:
         return sample
 
     def location_cue(self, file, frames: slice, reference: int, generator: np.random.Generator) -> list[Tensor]:
-        """Masks of body and face, (1+n, 1, h, w): the reference frame's, then means over the frames of each of n latents."""
+        """Masks of body and face, (1+n, 1, h, w): the reference frame's, then means over the frames of each of n latents.
+
+        Paper silent: the softening cells; here of 8, 16 or 32 pixels, anywhere, so that no grid is learned.
+        """
         masks = []
         for name in ("body", "face_mask"):
             bits = file.get_slice(name)

@@ -124,7 +124,7 @@ def windows(
     clip: none is padded.
 
     denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. `stride`
-    is about two thirds of the size if not given: 8 of 13. Paper silent.
+    is 8 of 13, 2 of 5, if not given. Paper silent.
     """
     stride = max(size // 3, 1) * 2 if stride is None else stride
     size = min(size, length)

@@ -62,7 +62,8 @@ class Person(NamedTuple):
 
 class PersonNet:
     """A segmenter from a person-mask network, (1, 3, h, w) RGB in [0, 1] -> (1, 1, h, w) in [0, 1]: a .tflite
-    of 256 x 256, such as MediaPipe's selfie_segmentation, run by cv2.dnn, or an .onnx, run by onnxruntime.
+    of 256 x 256, such as MediaPipe's selfie_segmentation, run by cv2.dnn, or an .onnx, run by onnxruntime at its
+    own size, or 256 where it takes any.
 
     Every frame is looked at whole and cropped to the person, and averaged: the crop sees limbs of a small
     person that the whole frame loses. Such nets mark pixels, not persons; people who touch are kept apart by
@@ -79,7 +80,8 @@ class PersonNet:
                 import onnxruntime as ort
                 session = ort.InferenceSession(str(path), providers=ort.get_available_providers())
                 entry = session.get_inputs()[0]
-                self.size, self.run = tuple(entry.shape[2:]), lambda x: session.run(None, {entry.name: x})[0]
+                self.size = tuple(n if isinstance(n, int) else 256 for n in entry.shape[2:])
+                self.run = lambda x: session.run(None, {entry.name: x})[0]
         except Exception as error:                                 # cv2, onnxruntime: own classes
             raise ValueError(f"--segmenter {path} is no readable .tflite or .onnx ({brief(error)})") from None
 

@@ -62,10 +62,15 @@ PEOPLE = 16
 
 
 class Pair(NamedTuple):
-    reference: np.ndarray  # (H, W, 3) uint8
+    still: toy.Clip  # one frame of A, the reference
     truth: toy.Clip  # A performs the motion
     driver: toy.Clip  # B performs it
     others: list[toy.Clip]  # 14 more who do, a few frames of each
+
+    @property
+    def reference(self) -> np.ndarray:
+        """(H, W, 3) uint8"""
+        return self.still.video[0]
 
 
 def reference_moment(length: int) -> int:
@@ -76,7 +81,7 @@ def reference_moment(length: int) -> int:
 def draw_pair(number: int, degrade: str = "none", strength: float = 0.0, length: int = FRAMES) -> Pair:
     """Pair `number`; A.6: the driver seen through motion blur (over 4 x strength frames), little light or few pixels."""
     seed = FIRST + number
-    reference = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(length)).video[0]
+    still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(length))
     frames = lambda k: length if k < 2 else 3  # noqa: E731
     people = [toy.render(FIRST + 10_000 * k + number, seed, frames=frames(k), size=TOY_SIZE) for k in range(PEOPLE)]
     truth, driver, *others = people
@@ -84,7 +89,7 @@ def draw_pair(number: int, degrade: str = "none", strength: float = 0.0, length:
         driver = toy.render(FIRST + 10_000 + number, seed, frames=length, size=TOY_SIZE, shutter=4 * strength)
     elif degrade != "none":
         driver = replace(driver, video=toy.degrade(driver.video, degrade, strength, seed))
-    return Pair(reference, truth, driver, others)
+    return Pair(still, truth, driver, others)
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------
@@ -214,12 +219,12 @@ def summary(rows: list[dict]) -> dict:
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
-def place_of(pair: Pair, still: toy.Clip, args, draw) -> tuple:
+def place_of(pair: Pair, args, draw) -> tuple:
     """(frames, Track) whose masks say where A stands: of A's own clip, or with --place driver B's, aligned to A's picture
     as sample.py does."""
     if args.place == "clip":
         return data.toy_pair(pair.truth, args, draw)[1]
-    reference_mask = finder.paint_mask(still.body[0], still.face[0])
+    reference_mask = finder.paint_mask(pair.still.body[0], pair.still.face[0])
     find = replace(data.toy_finder(pair.driver), reference_mask=reference_mask)
     return pair.driver.video, cues.analyse(pair.driver.video, pair.reference, find, cues.CueOptions())
 
@@ -229,12 +234,10 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
     looks = replace(data.toy_looks(args), location=args.location, cell=args.soften_cell)
     device = next(vae.parameters()).device
     draw = data.keyed(FIRST, number)
-    seed = FIRST + number
-    still = toy.render(seed, seed, frames=1, size=TOY_SIZE, start=reference_moment(len(pair.truth.video)))
     streams = []
-    for motion in (still, pair.driver):
+    for motion in (pair.still, pair.driver):
         body, face = data.toy_pair(motion, args, draw)
-        own = data.toy_pair(still, args, draw)[1] if motion is still else place_of(pair, still, args, draw)
+        own = data.toy_pair(motion, args, draw)[1] if motion is pair.still else place_of(pair, args, draw)
         rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
         mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
         streams.append(encode_cues(vae, padded(mixed), device, vae.config.scaling_factor))

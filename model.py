@@ -1,7 +1,7 @@
 """The network: CogVideoX1.5's expert DiT with CueFusion blocks (paper Sec. 3.1, Fig. 2, Eq. 1-3).
 
 Read it bottom-up: RoPE, one expert block, CueFusion, the model. Without cues it is CogVideoX1.5 (`tests/test_parity.py`
-compares it with diffusers); with freshly made cue layers it still is, to the last bit, because they start at zero.
+compares it with diffusers); with freshly made cue layers it still is, to the last bit, because they start by adding nothing.
 
 Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens, each a patch of 2x2x2 latents
 (the drawn world: 2x1x1);
@@ -166,8 +166,9 @@ class Attention(nn.Module):
 class CueFusion(nn.Module):
     """Eq. 1-3. The cues modulate what attention sees of the video, and flow on as streams of their own.
 
-    Paper silent: "MLP" is one Linear after SiLU, as in both ancestors (DynamiCtrl, CogVideoX); the sum goes to the
-    video tokens only (the text has another length); e^G is the next block's e (or Eq. 3 would be used nowhere).
+    Paper silent: "MLP" is one Linear after SiLU, as in both ancestors (DynamiCtrl, CogVideoX); e^G is the next block's e
+    (or Eq. 3 would be used nowhere). Differs: the paper adds to "text and vision embeddings"; here the video tokens
+    alone, for the text has another length.
     """
 
     def __init__(self, dim: int, time_dim: int):

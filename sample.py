@@ -151,12 +151,7 @@ def open_text_encoder(args, dtype):
     except FileNotFoundError as error:
         print(f"No tokenizer, so the text is null ({error})")
         tokenizer = None
-    return tokenizer, load_text_encoder(args.backbone, stored(args, dtype))
-
-
-def stored(args, dtype):
-    """None, the file's own dtype, where blocks stay memory-mapped: a cast of all of them would be a copy in memory."""
-    return None if args.offload else dtype
+    return tokenizer, load_text_encoder(args.backbone)
 
 
 def open_vae(args, dtype, device, size) -> CausalVAE:
@@ -175,14 +170,14 @@ def open_vae(args, dtype, device, size) -> CausalVAE:
 def open_transformer(args, dtype) -> tuple[DiT, dict]:
     """The DiT, and how it was trained: how many latents it saw at once (the window of long clips), and what slot 0 held."""
     if args.checkpoint:
-        network, header = load_weights(args.checkpoint, stored(args, dtype))
+        network, header = load_weights(args.checkpoint)
         print(f"{args.checkpoint}: stage {header.get('stage')}, step {header.get('step')}")
         return network.eval(), {name: header[name] for name in ("window", "ref_slot") if name in header}
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
         return random_weights(DiT, DIT_PRESETS[args.preset], dtype), {}
     print("No --checkpoint: CogVideoX1.5 with untrained cue layers, so the driving video has no effect on the motion.")
-    return load_transformer(args.backbone, stored(args, dtype)).eval(), {}
+    return load_transformer(args.backbone).eval(), {}
 
 
 def random_weights(network_class, config, dtype):
@@ -203,12 +198,12 @@ def saving(args, flag: str, what: str, needed: int, device) -> bool:
 
 
 def place(args, network: nn.Module, device, dtype) -> nn.Module:
-    """Move a network to the device: all of it, or with --offload everything but its blocks, each of which is there, in
-    this dtype, only while it runs, and waits, memory-mapped, in its file."""
+    """Move a network, as its file has it, to the device in this dtype: all of it, or with --offload everything but its
+    blocks, each of which is there only while it runs, and waits, memory-mapped, in its file."""
     needed = sum(p.numel() for p in network.parameters()) * dtype.itemsize
     needed = needed if device.type != "cpu" else 0  # there they wait in their file anyway
     if not saving(args, "offload", f"{type(network).__name__}'s weights", needed, device):
-        return network.to(device)
+        return network.to(device, dtype)
     for child in network.children():
         if child is not network.blocks:
             child.to(device, dtype)

@@ -31,7 +31,7 @@ STAGES = ("vae", "0", "1", "2")
 ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
-DEFAULTS = {  # those of the 5B model are the paper's (Sec. 4.1, Table 4); steps, lr and batch of each stage
+DEFAULTS = {  # of the 5B model steps, lr, D and lambda are the paper's (Sec. 4.1, Table 4). Paper silent: the rest, weight decay and warm-up too
     "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=(2e-5,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(1,) * 4, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
     "toy": dict(steps=(6000, 3000, 3000, 3000), optimizer="muon", lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, noise_shift=4.0, batch=(1, 4, 4, 4), align_depth=1, ema=0.998, cooldown=0.3,
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--accumulate", type=natural, default=1, help="forward passes per optimiser step")
     add("--optimizer", choices=["adamw", "muon"], default=default["optimizer"], help="muon: for the matrices, AdamW for the rest")
     add("--lr", type=float, default=default["lr"][stage], help="learning rate between warm-up and cool-down")
-    add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which start at zero")
+    add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which are new")
     add("--noise-shift", type=float, default=default["noise_shift"],
         help="s > 1 trains more on strong noise, where poses are decided: a level u in [0, 1) becomes s u / (1 + (s - 1) u)")
     add("--warmup", type=int, default=100, help="steps of linear warm-up")
@@ -301,18 +301,14 @@ def load_teacher(args, dtype, device) -> DiT | None:
     """The frozen stage-1 model of stage 2: the embeddings and the first `align_depth` blocks, all it will ever run."""
     if args.stage != "2" or not args.s2x_weight:
         return None
-    teacher, header = load_weights(args.teacher, dtype, dit_config(args), depth=args.align_depth)
-    if header.get("stage", "1") != "1":
-        raise ValueError(f"{args.teacher}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
-    if header.get("ref_slot", args.ref_slot) != args.ref_slot:
-        raise ValueError(f"{args.teacher} was trained with --ref-slot {header['ref_slot']}: give the same to stage 2")
+    teacher, _ = load_weights(args.teacher, dtype, dit_config(args), depth=args.align_depth)
     return teacher.to(device).requires_grad_(False).eval()
 
 
 def parameter_groups(parameters: Iterable, weight_decay: float, cue_rate: float = 1.0) -> list[dict]:
     """Of (name, parameter). No decay on biases and norms; decay would also pull CueFusion's -1 biases away from the identity.
 
-    The cue layers start at zero, and Adam moves a weight by one learning rate a step at most: with `cue_rate` they
+    The cue layers start by adding nothing, and Adam moves a weight by one learning rate a step at most: with `cue_rate` they
     learn faster than the backbone around them.
     """
     groups = {}
@@ -577,13 +573,21 @@ def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
 
 
 def check_files(args) -> None:
-    """ValueError or FileNotFoundError for a mistyped path: found out before the drawn world is drawn, not after."""
+    """ValueError or FileNotFoundError for a mistyped path or an unfit teacher: found out before the drawn world is drawn."""
     start = None if args.init in ("teacher", "backbone") else Path(args.init)
     for path in (args.teacher, start, args.backbone):
-        if path and not (path / "transformer").is_dir():
-            file = newest_weights(path)
-            if file.suffix == ".safetensors":
-                read_header(file)
+        if not path or (path / "transformer").is_dir():
+            continue
+        file = newest_weights(path)
+        header = read_header(file) if file.suffix == ".safetensors" else {}
+        if path != args.teacher:
+            continue
+        if header.get("stage", "1") != "1":
+            raise ValueError(f"{path}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
+        for name in ("ref_slot", "location", "face"):  # student and teacher read the same batch
+            if header.get(name, getattr(args, name)) != getattr(args, name):
+                flag = f"--{name.replace('_', '-')} {header[name]}"
+                raise ValueError(f"{path} was trained with {flag}: give the same to stage 2")
 
 
 def wrap(args, ranks: Ranks, compute, master):

@@ -392,11 +392,13 @@ def test_a_small_person_is_looked_at_twice():
     assert net.calls == [(200, 300), (50, 24)] * 2
 
 
-def test_an_onnx_network_runs_at_its_own_size(tmp_path):
-    """Any person-mask net may be plugged in; this one answers with the mean of red, green and blue."""
+@pytest.mark.parametrize("sides", [(24, 40), ("height", "width")])
+def test_an_onnx_network_runs_at_its_own_size(tmp_path, sides):
+    """Any person-mask net may be plugged in, also one for pictures of any size; this one answers with the mean of red,
+    green and blue."""
     onnx = pytest.importorskip("onnx")
     node = onnx.helper.make_node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=1)
-    x, y = (onnx.helper.make_tensor_value_info(name, 1, [1, channels, 24, 40])
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, [1, channels, *sides])
             for name, channels in (("x", 3), ("y", 1)))
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "mean", [x], [y]),
                                    opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)

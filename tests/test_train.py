@@ -813,6 +813,8 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "nowhere" in mistake(tmp_path, tmp_path / "r", "--teacher", tmp_path / "nowhere", stage="2"), "before data"
     copy = run_training(folder, tmp_path / "copy", "--steps", 1, "--ref-slot", "copy")
     assert "--ref-slot copy: give the same" in mistake(folder, tmp_path / "r", "--teacher", copy, stage="2")
+    hard = "--teacher", teacher, "--location", "hard", "--lambda", 0
+    assert "--location soft: give the same" in mistake(folder, tmp_path / "r", *hard, stage="2")
     assert "data.py" in mistake(tmp_path, tmp_path / "r")
     assert "--compile is read by stage 0 and 1 and 2 only" in mistake(folder, tmp_path / "r", "--compile", stage="vae")
     for flags, stage in ((["--lambda", 1], "1"), (["--face", "none"], "0"), (["--shard", "full"], "vae")):
