@@ -670,7 +670,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
     add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
     add("--pseudo-people", type=natural, help="how many people all pseudo performers are; default: one a clip (Table 6: single source)")
-    add("--workers", type=natural, default=os.cpu_count(), help="processes that draw and encode")
+    workers = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()  # each takes half a GB of the GPU
+    add("--workers", type=natural, default=workers, help="processes that draw and encode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
     add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")

@@ -206,12 +206,19 @@ def load_yunet(path: Path) -> Callable:
     return detect
 
 
+def current_card() -> int:
+    """The GPU of this process: torchrun's ranks have one each."""
+    import torch
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
 def load_insightface(path: Path, *modules: str):
     import onnxruntime
     from insightface.app import FaceAnalysis
     cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    card = [("CUDAExecutionProvider", {"device_id": current_card()})] if cuda else []
     app = FaceAnalysis(str(path.resolve() if path.is_dir() else path), allowed_modules=list(modules),
-                       providers=["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"])
+                       providers=[*card, "CPUExecutionProvider"])
     app.prepare(ctx_id=0 if cuda else -1, det_thresh=0.5, det_size=(640, 640))
     return app
 
@@ -261,11 +268,15 @@ def paint_mask(body: np.ndarray, face: np.ndarray | None = None) -> np.ndarray:
     return picture
 
 
+def check_shape(mask: tuple, rows: int, columns: int) -> None:
+    """ValueError for a mask (H, W, ...) of quite another shape than its picture."""
+    if not 0.8 < mask[1] * rows / (mask[0] * columns) < 1.25:
+        raise ValueError(f"a mask is {mask[1]}x{mask[0]} but its picture {columns}x{rows}: give it that shape")
+
+
 def read_mask(picture: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture of `paint_mask` -> body mask, face box (NaN: no red); half-way levels, for lossy codecs."""
-    if not 0.8 < picture.shape[1] * rows / (picture.shape[0] * columns) < 1.25:
-        raise ValueError(f"a mask is {picture.shape[1]}x{picture.shape[0]} but its picture {columns}x{rows}: "
-                         "give it that shape")
+    check_shape(picture.shape, rows, columns)
     picture = cover(picture, rows, columns).astype(int)            # cut as the reference was
     return picture[..., 0] > 127, tight_box(picture[..., 0] - picture[..., 1:].max(-1) > 127)
 

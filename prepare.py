@@ -111,7 +111,25 @@ def all_inputs(paths: list[Path]) -> list[tuple[str, Path, Path]]:
     for name, source, _ in videos:
         if names.setdefault(name, source) != source:
             raise ValueError(f"{names[name]} and {source} would make clips of one name: rename one of them")
+        if not name.isascii() and name.encode(errors="replace").decode() != name:
+            raise ValueError(f"{ascii(str(source))}: its name is not UTF-8, as the names of clips are: rename it")
     return sorted(set(videos))
+
+
+def volume(source: Path) -> int:
+    """Bytes of a video, or pictures of a folder: enough to tell two films of one name apart."""
+    return sum(1 for _ in source.iterdir()) if source.is_dir() else source.stat().st_size
+
+
+def check_taken(folder: Path, name: str, source: Path) -> None:
+    """ValueError if clips of this name are of another video, which an earlier run saw: its own would never be made."""
+    for id in (name, f"{name}_000000"):  # it could not be read; or it could, then something begins at its first frame
+        record = folder / "cues" / id / "clip.json"
+        line = json.loads(record.read_text()) if record.exists() else {}
+        if line.get("volume", volume(source)) != volume(source):
+            raise ValueError(
+                f"{source} and {line['video']}, of which {folder} has clips, share a name: rename one of them"
+            )
 
 
 def named(folder: Path, name: str) -> Path:
@@ -231,6 +249,7 @@ def read_pieces(args, name: str, source: Path) -> Iterator[tuple[int, float, boo
         masks = Video(named(Path(args.masks), name))
         if masks.frames != video.frames:
             raise ValueError(f"{source} has {video.frames} frames, {masks.path} {masks.frames} masks")
+        finder.check_shape((masks.height, masks.width), video.height, video.width)
     stride = max(1, round(float(video.fps) / args.fps))
     for start, fresh, piece in pieces(islice(zip(video, masks), 0, None, stride), args.max_frames):
         yield start * stride, float(video.fps) / stride, fresh, piece
@@ -278,7 +297,10 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
         tqdm.write(f"skipped {id}: {reason}", file=sys.stderr)
         home = args.output / "cues" / id
         home.mkdir(parents=True, exist_ok=True)
-        write_text(home / "clip.json", json.dumps({"id": id, "video": str(source), "skipped": reason}) + "\n")
+        write_text(
+            home / "clip.json",
+            json.dumps({"id": id, "video": str(source), "volume": volume(source), "skipped": reason}) + "\n",
+        )
 
     stream = read_pieces(args, name, source)
     record = lambda id: args.output / "cues" / id / "clip.json"
@@ -298,7 +320,8 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
                 skip(id, f"too short: {len(piece)} of {args.frames} frames")
             continue
         height, width = bucket(*piece[0][0].shape[:2], args.area)
-        line = {"id": id, "video": str(source), "split": split_of(name, args.held_out), "prompt": prompt}
+        line = {"id": id, "video": str(source), "volume": volume(source)}
+        line |= {"split": split_of(name, args.held_out), "prompt": prompt}
         line |= {"start": start, "fps": fps, "frames": frames, "height": height, "width": width}
         if reason := prepare_clip(args, line, piece[:frames], *networks):
             skip(id, reason)
@@ -319,10 +342,13 @@ def prepare(args) -> None:
     if args.max_frames < args.frames:
         raise ValueError(f"--max-frames {args.max_frames} must be at least --frames, {args.frames}")
     videos, (rank, world) = all_inputs(args.videos), shard()
+    for name, source, _ in videos:
+        check_taken(args.output, name, source)
     for name in ("cache", "videos", "cues"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
+    device = place(args)  # first: what follows goes to this rank's GPU
     find = make_finder(args)
-    vae, encode_text = load_frozen(args.backbone, args.preset, *place(args))
+    vae, encode_text = load_frozen(args.backbone, args.preset, *device)
     remember(args.output / "prepare.json", args, SHARED)  # not before: a folder need not keep a mistyped --backbone
     if rank == 0:
         save_cache({"text": encode_text("").to(torch.bfloat16)}, args.output / "null_text.safetensors")
@@ -463,11 +489,24 @@ def find_pairs(args, files: dict[str, list[Path]], own: tuple, find, embed) -> t
     return verdicts, pairs, names
 
 
+def masks_of(args, kind: str, path: Path) -> list[Path]:
+    """The mask file of a pseudo video, or the pictures in its folder; none if there are none."""
+    if not args.masks or not (Path(args.masks) / kind).is_dir():
+        return []
+    found = [p for p in (Path(args.masks) / kind).iterdir() if path.stem in (p.name, p.stem)]
+    return sorted(file for p in found for file in (p.iterdir() if p.is_dir() else [p]))
+
+
 def pseudo_clip(args, line: dict, files: dict[str, list[Path]], vae, variants: int, find, embed) -> None:
-    """Give one clip its pseudo cues; not again with the same videos and thresholds."""
+    """Give one clip its pseudo cues, in place of those that it has; not again with the same files and thresholds."""
     home, cache = args.data / "cues" / line["id"], args.data / "cache" / f"{line['id']}.safetensors"
     tried = {k: getattr(args, k) for k in ("augment", "max_identity", "min_pose", "min_faces", "min_detail")}
-    tried |= {kind: [path.name for path in paths] for kind, paths in files.items()}
+    tried |= {name: str(getattr(args, name)) for name in ("masks", "segmenter", "sam", "face_model", "person")}
+    for kind, paths in files.items():
+        masks = [p for path in paths for p in masks_of(args, kind, path)]
+        tried[kind] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (*paths, *masks)]
+    if files and not any(files.values()):
+        return  # none of them is of this clip
     if (home / "pseudo.json").exists() and json.loads((home / "pseudo.json").read_text())["tried"] == tried:
         return
     own = list(Video(args.data / "videos" / f"{line['id']}.mp4")), cues.Track.load(home / "track.npz")
@@ -487,6 +526,16 @@ def pseudo_clip(args, line: dict, files: dict[str, list[Path]], vae, variants: i
     write_text(home / "pseudo.json", json.dumps({"tried": tried, "verdicts": verdicts}) + "\n")
 
 
+def shares(paths: list[Path], ids: list[str]) -> dict[str, list[Path]]:
+    """Clip id -> its pseudo videos ID*.mp4. A file is of the longest id that its name begins with and no digit follows."""
+    found, ids = {}, set(ids)
+    for path in paths:
+        ends = (end for end in range(len(path.name), 0, -1) if not path.name[end : end + 1].isdigit())
+        if id := next((path.name[:end] for end in ends if path.name[:end] in ids), None):
+            found.setdefault(id, []).append(path)
+    return found
+
+
 def add_pseudo(args) -> None:
     """`python data.py add-pseudo`: filter pseudo videos, cache their cues, report what was rejected."""
     if bool(args.augment) == bool(args.body or args.face) or bool(args.body) != bool(args.face):
@@ -496,11 +545,13 @@ def add_pseudo(args) -> None:
     settings, (rank, world) = json.loads((args.data / "prepare.json").read_text()), shard()
     folders = {} if args.augment else {"body": args.body, "face": args.face}
     listed = {kind: sorted(p for p in folder.iterdir() if p.suffix) for kind, folder in folders.items()}
+    device = place(args)  # first: what follows goes to this rank's GPU
     find, embed = (None, None) if args.augment else (make_finder(args), load_recogniser(args))
-    vae, _ = load_frozen(settings["backbone"], settings["preset"], *place(args))
+    vae, _ = load_frozen(settings["backbone"], settings["preset"], *device)
     (clips, _, _), failed = assemble(args.data), 0
+    mine = {kind: shares(paths, [line["id"] for line in clips]) for kind, paths in listed.items()}
     for line in tqdm(clips[rank::world], desc="add-pseudo", unit="clip", disable=rank > 0):
-        files = {kind: [p for p in paths if p.name.startswith(line["id"])] for kind, paths in listed.items()}
+        files = {kind: found.get(line["id"], []) for kind, found in mine.items()}
         try:
             pseudo_clip(args, line, files, vae, settings["variants"], find, embed)
         except DAMAGED as error:

@@ -39,7 +39,7 @@ class Ranks:
 
     def __init__(self, device: str | None):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on another rank's card
         self.device, self.dtype, self.reason = pick_device(device)
         if self.device.type == "mps":

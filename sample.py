@@ -11,6 +11,7 @@ Paper silent: size and rate of the output; the reference's aspect at about 512x5
 """
 
 import argparse
+import gc
 import hashlib
 import os
 from functools import cache, partial
@@ -388,7 +389,11 @@ def animate(args) -> None:
     if args.preset == "toy" and args.reference != EXAMPLE["reference"]:
         print("No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph.")
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
-    check_output(output, args.reference, args.drive, suffixes=(".mp4",))
+    side, strip = output.with_name(f"{output.stem}_compare.mp4"), output.with_name(f"{output.stem}_steps.png")
+    given = [args.reference, args.drive, args.pose_video, args.face_video]
+    given += [args.masks, args.reference_mask, args.pose_masks, args.face_masks]
+    for path in (output, *[side] * args.compare, *[strip] * args.every_step):
+        check_output(path, *filter(None, given), suffixes=(".mp4", ".png") if path == strip else (".mp4",))
     options = cues.options(args)
     config = dit_config(args.backbone / "transformer") if args.backbone else DIT_PRESETS[args.preset]
     header = check_dit(args.checkpoint, config.text_dim, options.location, options.face) if args.checkpoint else {}
@@ -433,17 +438,16 @@ def animate(args) -> None:
     args.sequential = sequential(args, network.config, pose, text, trained.get("window", 13), device, dtype)
     latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
     del network
+    gc.collect()  # compiled blocks refer to themselves
     network = open_vae(args, dtype, device, reference.shape[:2])
     audio = args.drive if source.has_audio else None
     write_video(output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED)
     print(f"wrote {output}")
     if predictions:
-        strip = [next(pictures(network, latent, 1, device)) for latent in predictions]
-        path = output.with_name(f"{output.stem}_steps.png")
-        write_image(path, np.concatenate(strip, axis=1), comment=AI_GENERATED)
-        print(f"wrote {path}")
+        frames = [next(pictures(network, latent, 1, device)) for latent in predictions]
+        write_image(strip, np.concatenate(frames, axis=1), comment=AI_GENERATED)
+        print(f"wrote {strip}")
     if args.compare:
-        side = output.with_name(f"{output.stem}_compare.mp4")
         write_video(
             side,
             comparison(reference, source, rows(), Video(output)),

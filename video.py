@@ -204,11 +204,12 @@ class Video:
         _lost (frames that the index places beyond the end of the file); one pass over the file's packets.
         """
         with _open(self.path) as container:
-            stream, times = self._track(container), []
+            stream, times, clocks = self._track(container), [], []
             with contextlib.suppress(av.FFmpegError):       # iterating reports it, after the frames before it
                 for packet in container.demux(stream):
                     if packet.size and not (packet.is_discard or packet.is_corrupt):
                         times.append(packet.pts)
+                        clocks.append(packet.dts)
             size, self.total = self.path.stat().st_size, len(times)
             self._lost = sum(entry.pos + entry.size > size for entry in stream.index_entries)
             self.has_audio = bool(_tracks(container.streams.audio))
@@ -217,7 +218,9 @@ class Video:
             aspect = stream.sample_aspect_ratio or 1
         # Declared rates are exact where timestamps are rounded (mkv: to 1 ms), guesses where durations vary.
         steps = self.total - 1
-        trusted = declared and (self._lost or abs(declared * span - steps) < 0.5)
+        clocks = [time for time in clocks if time is not None]
+        joined = any(b < a for a, b in itertools.pairwise(clocks))      # byte by byte: each part starts its clock anew
+        trusted = declared and (self._lost or joined or abs(declared * span - steps) < 0.5)
         self._rate = Fraction(declared if trusted else steps / span if span else 25).limit_denominator(1001)
         with contextlib.closing(self._decode()) as frames:
             first = next(frames)
@@ -354,8 +357,11 @@ def _sound(path: str | Path, sink: av.container.OutputContainer) -> Iterator[tup
             frames = itertools.chain(source.decode(stream), [None])
             packets = itertools.chain.from_iterable(map(out.encode, frames))
         with contextlib.suppress(av.FFmpegError):       # a fault in the sound ends it, not the pictures
+            last = -math.inf
             for packet in packets:
-                shift = round(zero / packet.time_base)
+                if packet.dts * packet.time_base < last:        # files joined byte by byte start their clocks anew
+                    break
+                last, shift = packet.dts * packet.time_base, round(zero / packet.time_base)
                 packet.stream, packet.pts, packet.dts = out, packet.pts - shift, packet.dts - shift
                 yield (packet.pts + (packet.duration or 0)) * packet.time_base, packet
 

@@ -280,6 +280,36 @@ def test_a_video_named_like_a_clip_of_another_is_not_lost(world, tmp_path):
     ]
 
 
+def test_another_film_of_a_known_name_is_refused_not_dropped(world, copied, tmp_path):
+    """A second camera's IMG_0001; the same film from another folder is the same, and a kept fault too."""
+    code, _, err = prepared(world, copied, videos=shutil.copytree(world / "in", tmp_path / "moved"))
+    assert code == 0, err
+    for name in ("dance", "broken"):
+        videos = tmp_path / name
+        videos.mkdir()
+        write_video(videos / f"{name}.mp4", toy.render(9, 9, frames=20, size=64).video, 16)
+        code, _, err = prepared(world, copied, videos=videos)
+        assert code == 2 and err.count("\n") == 1 and f"{name}.mp4" in err and "rename one of them" in err
+
+
+def test_names_that_are_not_utf8_are_refused_before_anything_is_made(world, tmp_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(world / "in" / "dance.mp4", os.fsencode(tmp_path / "in") + b"/caf\xe9.mp4")
+    code, _, err = prepared(world, tmp_path / "data", videos=tmp_path / "in")
+    assert code == 2 and "is not UTF-8" in err and not (tmp_path / "data").exists()
+
+
+def test_masks_of_another_shape_are_refused_though_they_are_cropped(world, tmp_path):
+    """Squashed to a square, then cropped as their pictures are, they would fit and be wrong."""
+    (tmp_path / "in").mkdir()
+    put(tmp_path / "in", tmp_path / "masks", "wide", toy.render(1, 1, frames=9, size=(64, 128)))
+    for path in (tmp_path / "masks" / "wide").iterdir():
+        write_image(path, cv2.resize(read_image(path), (64, 64)))
+    prepared(world, tmp_path / "data", "--masks", tmp_path / "masks", videos=tmp_path / "in")
+    (line,) = lines_of(tmp_path / "data" / "skipped.jsonl")
+    assert "a mask is 64x64 but its picture 128x64" in line["skipped"]
+
+
 def test_references_show_the_person():
     """Frames whose segmentation is rejected are never references, at inference an error."""
     clip, vae = toy.render(1, 1, frames=9, size=32), prepare.CausalVAE(prepare.VAE_PRESETS["tiny"]).eval()
@@ -339,6 +369,39 @@ def test_pseudo_videos_are_filtered_with_a_report_and_the_good_pair_is_cached(co
     before = bytes_of(copied)
     assert add(copied, performers)[0] == 0 and bytes_of(copied) == before
     assert run("check", copied, "-o", copied / "sheet.png")[0] == 0
+
+
+def test_what_has_changed_is_judged_again_and_what_is_not_given_stays(copied, performers, tmp_path):
+    """Masks that were missing, a video made anew under its old name; videos of other clips take nothing away."""
+    root = shutil.copytree(performers, tmp_path / "pseudo")
+    pairs = lambda: {line["id"]: len(line["pseudo"]) for line in lines_of(copied / "clips.jsonl")}["dance_000000"]  # noqa: E731
+    hidden = root / "masks" / "face" / "dance_000000_good"
+    hidden.rename(tmp_path / "later")
+    assert add(copied, root)[0] == 0 and pairs() == 0
+    (tmp_path / "later").rename(hidden)
+    assert add(copied, root)[0] == 0 and pairs() == 1
+    for path in root.glob("*/dance_000000*.mp4"):
+        path.rename(path.with_name(path.name.replace("dance_000000", "somebody")))
+    assert add(copied, root)[0] == 0 and pairs() == 1
+    for kind in ("body", "face"):
+        shutil.copy(root / kind / "somebody_blur.mp4", root / kind / "dance_000000_good.mp4")
+    assert add(copied, root)[0] == 0 and pairs() == 0
+
+
+def test_a_pseudo_video_is_of_the_longest_name_that_it_begins_with():
+    paths = [prepare.Path(f"{name}.mp4") for name in ("a_000000", "a_000000_x", "a_000000_000000", "a_0000001", "b")]
+    found = prepare.shares(paths, ["a_000000", "a_000000_000000", "a_0000001"])
+    assert {id: [path.stem for path in files] for id, files in found.items()} == {
+        "a_000000": ["a_000000", "a_000000_x"], "a_000000_000000": ["a_000000_000000"], "a_0000001": ["a_0000001"],
+    }  # fmt: skip
+
+
+def test_each_rank_has_its_gpu_before_a_network_is_loaded(copied, world, monkeypatch):
+    order = []
+    place, make = prepare.place, prepare.make_finder
+    monkeypatch.setattr(prepare, "place", lambda args: order.append("place") or place(args))
+    monkeypatch.setattr(prepare, "make_finder", lambda args: order.append("finder") or make(args))
+    assert prepared(world, copied)[0] == 0 and order == ["place", "finder"]
 
 
 def test_a_pose_cue_of_add_pseudo_is_misaligned_and_a_face_cue_is_not(monkeypatch):

@@ -448,6 +448,21 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
     assert list(tmp_path.glob("*out*")) == [] and list(tmp_path.glob(".*")) == []
 
 
+def test_no_output_takes_the_place_of_an_input(example, tmp_path):
+    """The side by side video and the strip of steps are outputs too; pose and face videos and masks are inputs."""
+    for name in ("out.mp4", "out_compare.mp4"):
+        shutil.copy(example / "drive.mp4", tmp_path / name)
+    shutil.copy(example / "ref.png", tmp_path / "x_steps.png")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    own = ["-o", tmp_path / "out.mp4"]
+    pose = ["--pose", tmp_path / "out.mp4", "--pose-masks", example / "masks"]
+    assert "out.mp4 is also an input" in mistake(example, *own, *pose)
+    assert "out_compare.mp4 is also an input" in mistake(example, *own, "--compare", drive=tmp_path / "out_compare.mp4")
+    strip = "-o", tmp_path / "x.mp4", "--every-step"
+    assert "x_steps.png is also an input" in mistake(example, *strip, reference=tmp_path / "x_steps.png")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
 def test_ctrl_c_leaves_nothing_behind_and_says_so(example, tmp_path):
     """Stopped in the middle of denoising: exit code 130, one sentence, no file in the output's folder."""
     command = [sys.executable, "sample.py", *arguments(example, "-o", tmp_path / "out.mp4", "--steps", 1000)]

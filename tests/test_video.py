@@ -282,6 +282,18 @@ def test_fps_is_exact_whatever_the_container_rounds(tmp_path, name, fps):
     assert clip.fps == fps and clip.frames == 40 and numbers(clip) == list(range(40))
 
 
+def test_parts_joined_byte_by_byte_keep_their_rate_and_end_no_job(tmp_path):
+    """`cat a.vob a.vob`: each part starts its clock anew. Catches double speed, and an error of the muxer after hours."""
+    part = encode(tmp_path / "a.vob", numbered(25), fps=25, codec="mpeg2video", form="vob").read_bytes()
+    (tmp_path / "b.vob").write_bytes(part + part)
+    clip = Video(tmp_path / "b.vob")
+    assert clip.fps == 25 and clip.frames == 50 and numbers(clip) == [*range(25)] * 2
+    sound = sound_file(tmp_path / "a.ts", click(1, 0.5)).read_bytes()
+    (tmp_path / "b.ts").write_bytes(sound + sound)
+    write_video(tmp_path / "c.mp4", clip, 25, audio=tmp_path / "b.ts")
+    assert Video(tmp_path / "c.mp4").frames == 50 and heard(tmp_path / "c.mp4")[1] == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("rate, fps, expected", [
     (24, 8, list(range(0, 20, 3))), (24, 24, list(range(20))),
     (24, 16, [0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 19]),
