@@ -17,6 +17,9 @@ import os
 from functools import cache, partial
 from pathlib import Path
 
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "1000"
+)  # before torch: threads that wait longer sleep, or beside another program all crawl
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLE = {  # what is animated when nothing is given
     "reference": ASSETS / "ref.png",
@@ -37,7 +40,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add = parser.add_argument
     add("reference", type=Path, nargs="?", help="picture of the person to animate (default: a drawn one)")
     add("drive", type=Path, nargs="?", help="video, or folder of numbered frames, whose motion is followed")
-    add("-o", "--output", type=Path, help="mp4 to write (default: REFERENCE_DRIVE.mp4 in this folder)")
+    add("-o", "--output", type=Path, help="mp4, or gif without sound, to write (default: REFERENCE_DRIVE.mp4 in this folder)")
     add("--pose", dest="pose_video", type=Path, metavar="VIDEO", help="take the Pose Cue from this video, as long as DRIVE; DRIVE gives the place")
     add("--pose-masks", type=Path, metavar="PATH", help="its masks, as --masks are DRIVE's")
     add("--face", dest="face_video", type=Path, metavar="VIDEO", help="take the Face Cue from this video, as long as DRIVE")
@@ -45,7 +48,7 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--cache", type=Path, default=Path("~/.cache/directanimator"), metavar="DIR",
         help="remember masks and prompts here, so that a second run on the same files skips them")
     add("--every-step", action="store_true", help="also write OUTPUT_steps.png: the middle frame as each step predicts it")
-    add("--compare", action="store_true", help="also write OUTPUT_compare.mp4: reference, driver, cues, output side by side")
+    add("--compare", action="store_true", help="also write OUTPUT_compare: reference, driver, cues, output side by side")
     add = parser.add_argument_group("networks").add_argument
     add("--backbone", type=Path, metavar="DIR", help="local copy of the CogVideoX1.5-5B-I2V repository")
     add("--preset", choices=["toy", "tiny"], help="instead of a backbone: toy, the embedded model of the drawn world (the "
@@ -135,7 +138,7 @@ from machine import check_compiler, pick_device  # noqa: E402
 from model import DIT_PRESETS, DiT  # noqa: E402
 from text import T5_PRESETS, T5Encoder, empty_prompt  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
-from video import Video, check_output, cover, letterbox, output_size, read_image, write_image, write_video  # noqa: E402
+from video import Video, check_output, cover, letterbox, output_size, read_image, write_gif, write_image, write_video  # noqa: E402
 
 AI_GENERATED = "AI-generated with DirectAnimator; the person shown did not perform this motion"
 
@@ -385,15 +388,24 @@ def comparison(reference: np.ndarray, driver, cue_rows, output):
         yield np.concatenate([reference, letterbox(frame, height, width), pose, face, located, made], axis=1)
 
 
+def write_clip(path: Path, frames, source: Video) -> None:
+    """With the driving clip's rate and sound, and the tag that says what it is."""
+    if path.suffix == ".gif":
+        write_gif(path, frames, source.fps, comment=AI_GENERATED)
+    else:
+        write_video(path, frames, source.fps, audio=source.path if source.has_audio else None, comment=AI_GENERATED)
+    print(f"wrote {path}")
+
+
 def animate(args) -> None:
     if args.preset == "toy" and args.reference != EXAMPLE["reference"]:
         print("No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph.")
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
-    side, strip = output.with_name(f"{output.stem}_compare.mp4"), output.with_name(f"{output.stem}_steps.png")
+    side, strip = (output.with_name(output.stem + end) for end in ("_compare" + output.suffix, "_steps.png"))
     given = [args.reference, args.drive, args.pose_video, args.face_video]
     given += [args.masks, args.reference_mask, args.pose_masks, args.face_masks]
     for path in (output, *[side] * args.compare, *[strip] * args.every_step):
-        check_output(path, *filter(None, given), suffixes=(".mp4", ".png") if path == strip else (".mp4",))
+        check_output(path, *filter(None, given), suffixes=(".png",) if path == strip else (".mp4", ".gif"))
     options = cues.options(args)
     config = dit_config(args.backbone / "transformer") if args.backbone else DIT_PRESETS[args.preset]
     header = check_dit(args.checkpoint, config.text_dim, options.location, options.face) if args.checkpoint else {}
@@ -440,22 +452,13 @@ def animate(args) -> None:
     del network
     gc.collect()  # compiled blocks refer to themselves
     network = open_vae(args, dtype, device, reference.shape[:2])
-    audio = args.drive if source.has_audio else None
-    write_video(output, pictures(network, latents, frames, device), source.fps, audio=audio, comment=AI_GENERATED)
-    print(f"wrote {output}")
+    write_clip(output, pictures(network, latents, frames, device), source)
     if predictions:
         frames = [next(pictures(network, latent, 1, device)) for latent in predictions]
         write_image(strip, np.concatenate(frames, axis=1), comment=AI_GENERATED)
         print(f"wrote {strip}")
     if args.compare:
-        write_video(
-            side,
-            comparison(reference, source, rows(), Video(output)),
-            source.fps,
-            audio=audio,
-            comment=AI_GENERATED,
-        )
-        print(f"wrote {side}")
+        write_clip(side, comparison(reference, source, rows(), Video(output)), source)
 
 
 def main(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -312,6 +312,15 @@ def test_comparison_shows_reference_driver_cues_and_output(example, tmp_path):
     assert frames[3][:, 128:192].std() > 10, "a pose cue"
 
 
+def test_a_gif_has_every_frame_and_says_what_it_is(example, tmp_path):
+    run(example, "-o", tmp_path / "out.gif", "--guidance", 1, "--compare")
+    for name, width in (("out.gif", 64), ("out_compare.gif", 6 * 64)):
+        clip = Video(tmp_path / name)
+        assert (len(list(clip)), clip.height, clip.width) == (10, 96, width) and clip.fps == pytest.approx(8, rel=0.2)
+        assert b"AI-generated" in (tmp_path / name).read_bytes()
+    assert "must end in .mp4 or .gif" in mistake(example, "-o", tmp_path / "out.avi")
+
+
 def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
     _, args = sample.parse_args([])
     assert args.reference.name == "ref.png" and args.drive.name == "drive.mp4" and args.preset == "toy"
