@@ -406,14 +406,17 @@ def figures(results: dict, folder: Path) -> None:
     for axis, meter in zip(axes, shown):
         for y, (name, row) in enumerate(results.items()):
             found = list(numbers(row, meter).values())
-            axis.plot(found, [y] * len(found), "o", color=blue if name == "full" else orange, alpha=0.6)
-            axis.plot(np.mean(found), y, "|", color="black", markersize=12)
+            said = {0: "a seed of full", 1: "of another row"}.get(y)
+            axis.plot(found, [y] * len(found), "o", color=blue if name == "full" else orange, alpha=0.6, label=said)
+            axis.plot(np.mean(found), y, "|", color="black", markersize=12, label=None if y else "mean of the seeds")
         if "full" in results:
-            axis.axvline(np.mean(list(numbers(results["full"], meter).values())), color=blue, linewidth=1)
+            mean = np.mean(list(numbers(results["full"], meter).values()))
+            axis.axvline(mean, color=blue, linewidth=1, label="full, mean of its seeds")
         axis.set_title(meter + {"joint_error": ", px", "leak_color": ""}.get(meter, ", gray levels"))
     axes[0].set_yticks(range(len(results)), list(results))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
     axes[0].invert_yaxis()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(folder / "rows.png", dpi=100)
 
     panels = [p for p in (("full", "S8"), ("full-backbone", "S8-backbone")) if all(name in results for name in p)]

@@ -74,7 +74,7 @@ def trace(preset: str) -> list[tuple[str, str, str]]:
     noisy = torch.cat([latents, condition], dim=2)  # noise does not change the shape (Eq. 6)
     show("noisy + condition", noisy, "Eq. 6, the image condition beside it")
     text, step = torch.empty(1, length, config.text_dim, device="meta"), torch.empty(1, device="meta")
-    show("text states", text, "of T5")
+    show("text states", text, "of T5; zeros in the drawn world")
     show("patches", patchify(noisy, config.patch), "2x2x2 latents are one token; in the drawn world 2x1x1")
     x, c, pose, face, t_emb, rope, _ = model.embed(noisy, step, text, cue, cue)
     show("x", x, "video tokens, ordered time, row, column")

@@ -628,6 +628,23 @@ def progress(args, ranks: Ranks, record: dict, losses: dict, speed: float) -> st
     )
 
 
+def update(model: nn.Module, ema: dict | None, optimizers: list, step: int, args) -> float:
+    """From gradients to weights and their moving average; the gradient's norm. ValueError where it is not finite."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {args.output} stands: "
+                         "lower --lr, or --resume")  # fmt: skip
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args) * group["rate"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if ema:
+        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - args.ema)
+    return norm
+
+
 def train(args) -> None:
     ranks, run = Ranks(args.device), args.output
     if ranks.device.type == "cpu":
@@ -694,22 +711,10 @@ def train(args) -> None:
         if not last:
             continue
 
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if not torch.isfinite(norm):
-            raise ValueError(f"step {done - 1}: the loss or its gradient is not finite; the last checkpoint in {run} stands: "
-                             "lower --lr, or --resume")  # fmt: skip
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done - 1, args) * group["rate"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if ema:
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in model.parameters()], 1 - args.ema)
-
+        norm = update(model, ema, optimizers, done - 1, args)
         if done % args.log_every == 0 or done == args.steps:
             elapsed = time.perf_counter() - began
-            record = {"step": done, **meter.read(ranks), "grad": norm.item(), "lr": learning_rate(done - 1, args)}
+            record = {"step": done, **meter.read(ranks), "grad": norm, "lr": learning_rate(done - 1, args)}
             record |= {
                 "steps_per_s": round((done - start) / elapsed, 4),
                 "waiting_for_data": round(waited / elapsed, 4),
