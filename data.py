@@ -660,9 +660,9 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add = commands.add_parser("toy", help="cache clips of the drawn world", formatter_class=show).add_argument
     add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
-    add("--clips", type=natural, default=800, help="training clips")
+    add("--clips", type=natural, default=500, help="training clips")
     add("--held-out", type=natural, default=64, help="test clips, of people and motions that training never sees")
-    add("--variants", type=natural, default=2, help="cue variants a clip, the first without augmentation")
+    add("--variants", type=natural, default=1, help="cue variants a clip, the first without augmentation")
     add("--refs", type=natural, default=4, help="reference frames a clip, each with pixel noise of its own")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="Table 3: S4 gray, S3 rgb, S5 skeleton")
     add("--joint-noise", type=float, default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
