@@ -296,7 +296,8 @@ def spread(values: dict[int, float]) -> str:
 
 
 def speed_up(slow: dict, fast: dict) -> float | None:
-    """How many times sooner `fast` reaches the least held-out loss of `slow`, both before their cool-down; None if never.
+    """How many times sooner `fast` reaches the least held-out loss of `slow`, both before their cool-down; None if never, or
+    if none was measured there.
 
     Fig. 1, right. Between two losses the curve is a line; one that starts below counts from its first loss.
     """
@@ -304,6 +305,8 @@ def speed_up(slow: dict, fast: dict) -> float | None:
     for training in (slow["training"], fast["training"]):
         level = (1 - training.get("cooldown", 0.3)) * training["steps"]
         curves.append([(step, loss) for step, loss in training["held_out"] if step <= level])
+    if not curves[0]:
+        return None
     step, target = min(curves[0], key=lambda point: point[1])
     last, last_loss = None, None
     for at, loss in curves[1]:
@@ -406,8 +409,10 @@ def figures(results: dict, folder: Path) -> None:
     for axis, meter in zip(axes, shown):
         for y, (name, row) in enumerate(results.items()):
             found = list(numbers(row, meter).values())
-            said = {0: "a seed of full", 1: "of another row"}.get(y)
-            axis.plot(found, [y] * len(found), "o", color=blue if name == "full" else orange, alpha=0.6, label=said)
+            colour, said = (
+                (blue, "a seed of full") if name == "full" else (orange, "of another row" * (y == len(results) - 1))
+            )
+            axis.plot(found, [y] * len(found), "o", color=colour, alpha=0.6, label=said or None)
             axis.plot(np.mean(found), y, "|", color="black", markersize=12, label=None if y else "mean of the seeds")
         if "full" in results:
             mean = np.mean(list(numbers(results["full"], meter).values()))

@@ -95,7 +95,7 @@ def dpm_solver(
     if noise is None:
         generator = torch.Generator().manual_seed(0)
         noise = lambda: torch.randn(latents.shape, generator=generator, dtype=latents.dtype)  # noqa: E731
-    last_clean = last_ratio = None
+    last_clean = last_alpha = None
     for step, alpha, alpha_next in progress(list(schedule.trail(steps))):
         v = denoise(latents, step).to(latents.dtype)
         clean = alpha**0.5 * latents - (1 - alpha) ** 0.5 * v
@@ -103,13 +103,14 @@ def dpm_solver(
             return clean
         ratio = (alpha / (1 - alpha) * (1 - alpha_next) / alpha_next) ** 0.5  # e^-h, h = lambda_next - lambda
         estimate = clean
-        if last_ratio:  # second order needs two finite steps; e^-h is 0 at the first
+        if last_alpha:  # second order needs two finite steps; alpha is 0 at the first
+            last_ratio = (last_alpha / (1 - last_alpha) * (1 - alpha) / alpha) ** 0.5  # since the last visited step
             r = math.log(last_ratio) / math.log(ratio)  # h_last / h
             estimate = (1 + 1 / (2 * r)) * clean - 1 / (2 * r) * last_clean
         keep = ((1 - alpha_next) / (1 - alpha)) ** 0.5 * ratio
         spread = (1 - alpha_next) ** 0.5 * (1 - ratio**2) ** 0.5
         latents = keep * latents + alpha_next**0.5 * (1 - ratio**2) * estimate + spread * noise().to(latents.device)
-        last_clean, last_ratio = clean, ratio
+        last_clean, last_alpha = clean, alpha
     return latents
 
 

@@ -154,19 +154,20 @@ def keypoint_consistency(driver: np.ndarray, generated: np.ndarray, diagonal: fl
 
 
 def remove_similarity(driver: np.ndarray, generated: np.ndarray) -> np.ndarray:
-    """`driver` moved onto `generated`, (T, K, 3), by the one scale and shift a clip that make size and centre equal.
+    """`generated` moved onto `driver`, (T, K, 3), by the one scale and shift a clip that make size and centre equal.
 
-    Over all shared points: scale^2 = sum |q - mean q|^2 / sum |p - mean p|^2. Another person's body has another size
-    and place, which is no error of the motion. Least squares would shrink a driver who moves otherwise to a point.
+    Over all shared points: scale^2 = sum |p - mean p|^2 / sum |q - mean q|^2. Another person's body has another size
+    and place, which is no error of the motion. Least squares would shrink one who moves otherwise to a point, and
+    distances in her own pixels would be small where she is; points that are all one have no size to be given: NaN.
     """
     shared = shared_points(driver, generated)
     if not shared.any():
-        return driver
+        return generated
     p, q = driver[shared, :2], generated[shared, :2]
     p0, q0 = p.mean(0), q.mean(0)
-    spread = np.square(p - p0).sum()
-    scale = np.sqrt(np.square(q - q0).sum() / spread) if spread else 1.0
-    return np.concatenate((scale * (driver[..., :2] - p0) + q0, driver[..., 2:]), -1)
+    spread = np.square(q - q0).sum()
+    scale = np.sqrt(np.square(p - p0).sum() / spread) if spread else np.nan
+    return np.concatenate((scale * (generated[..., :2] - q0) + p0, generated[..., 2:]), -1)
 
 
 # ---- Networks: each loader gives a function of pictures (H, W, 3) uint8 RGB ----
@@ -385,7 +386,7 @@ def point_rows(driver, generated, driver_size, size, cross_id: bool) -> dict[str
     driver = np.concatenate((xy, driver[..., 2:]), -1)
     rate = shared_points(driver, generated).sum() / max((driver[..., 2] > SEEN).sum(), 1)
     if cross_id:
-        driver = remove_similarity(driver, generated)
+        generated = remove_similarity(driver, generated)
     by_image = keypoint_consistency(driver, generated, np.hypot(*size))
     return {"": keypoint_consistency(driver, generated), "_image": by_image, "_rate": float(rate)}
 
@@ -460,8 +461,9 @@ def members(folder: Path, suffixes: tuple) -> dict[str, Path]:
 
 
 def is_many(path: Path, suffixes: tuple = FILMS) -> bool:
-    """Whether `path` is a folder to search by name; a folder that holds pictures is one clip, its frames."""
-    frames = suffixes == FILMS and path.is_dir() and any(f.suffix.lower() in PICTURES for f in path.iterdir())
+    """Whether `path` is a folder to search by name; a folder of pictures, and no films, is one clip, its frames."""
+    found = {f.suffix.lower() for f in path.iterdir()} if path.is_dir() else set()
+    frames = suffixes == FILMS and found & set(PICTURES) and not found & set(FILMS)
     return path.is_dir() and not frames
 
 
@@ -582,8 +584,10 @@ def check_flags(args) -> None:
         path = getattr(args, name)
         if path and not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give another {name}")
-    if args.size is not None and args.size < 7:
-        raise ValueError(f"--size {args.size} is below SSIM's window: give at least 7")
+    if args.size is not None and args.size < (least := 16 if "lpips" in args.metrics else 7):
+        raise ValueError(
+            f"--size {args.size} is below what {'LPIPS' if least > 7 else 'SSIM'} can see: give at least {least}"
+        )
     if args.output:
         check_output(args.output, args.generated, args.truth, suffixes=(".json",))
 

@@ -46,10 +46,9 @@ from data import (
     to_tensor,
     toy_text,
     window_inputs,
-    write_text,
 )
 from diffusion import Schedule, ddim, dpm_solver, windows
-from evaluate import masked_l1, masked_psnr
+from evaluate import masked_l1, masked_psnr, save
 from load_cogvideox import check_dit, load_weights
 from machine import device_name, pick_device
 from vae import VAE_PRESETS
@@ -320,7 +319,7 @@ def score(args) -> dict:
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
     if args.output:
-        write_text(args.output, json.dumps(result, indent=1) + "\n")
+        save(result, args.output)
     if args.sheet:
         write_sheet(args.sheet, shown[: args.rows])
         print(f"wrote {args.sheet}")

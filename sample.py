@@ -247,7 +247,9 @@ def digest(*things) -> str:
 def analysed(args, video, reference, find, masks: str | None, options, progress=iter) -> cues.Track:
     """Pass 1 of `cues.py` over a clip (a Video, or the reference alone), remembered in --cache. find(): the finder."""
     files = [path and Path(path) for path in (masks, args.reference_mask, args.segmenter, args.sam, args.face_model)]
-    files += [Path(module.__file__) for module in (cues, finder)]  # changed code finds other things
+    files += [
+        Path(__file__).with_name(f"{name}.py") for name in ("align", "cues", "finder", "video")
+    ]  # changed code finds other things
     source = video.path if isinstance(video, Video) else "reference"
     read = [getattr(options, name) for name in cues.READ_BY_ANALYSE]
     name = digest(source, *files, reference.tobytes(), reference.shape, args.person, args.fps, read)

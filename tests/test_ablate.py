@@ -188,6 +188,14 @@ def test_results_of_two_kinds_make_no_ledger(tmp_path):
         ablate.read_results(tmp_path)
 
 
+def test_runs_that_were_never_measured_before_their_cool_down_have_no_ratio(tmp_path):
+    fill(tmp_path, full=[1], S8=[2])
+    results = ablate.read_results(tmp_path)
+    for row in results.values():
+        row[0]["training"]["held_out"] = [(row[0]["training"]["steps"], 0.2)]
+    assert ablate.speed_up(results["S8"][0], results["full"][0]) is None
+
+
 def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(tmp_path):
     fill(
         tmp_path,

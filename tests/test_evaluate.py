@@ -283,24 +283,40 @@ def test_keypoint_consistency_equals_loops_and_has_a_rule_for_what_is_not_seen()
 
 
 def test_similarity_is_removed_and_nothing_else():
-    """A driver of another size and place scores 0, another motion does not: one fit a clip, not a frame."""
+    """Somebody of another size and place scores 0, another motion does not: one fit a clip, not a frame."""
     driver = random_points(0)
     driver[..., 2] = 1
     moved = driver * (1.7, 1.7, 1) + (30, -12, 0)
-    assert evaluate.keypoint_consistency(evaluate.remove_similarity(driver, moved), moved) < 1e-12
+    assert evaluate.keypoint_consistency(driver, evaluate.remove_similarity(driver, moved)) < 1e-12
     drifting = driver + np.arange(6)[:, None, None] * (9, 0, 0)
-    assert evaluate.keypoint_consistency(evaluate.remove_similarity(driver, drifting), drifting) > 0.05
+    assert evaluate.keypoint_consistency(driver, evaluate.remove_similarity(driver, drifting)) > 0.05
     other = random_points(7)
     other[..., 2] = 1
     fitted = evaluate.remove_similarity(driver, other)[..., :2].reshape(-1, 2)
     centre = lambda points: [sum(p[k] for p in points) / len(points) for k in range(2)]  # noqa: E731
     size = lambda points: sum((p[k] - centre(points)[k]) ** 2 for p in points for k in range(2))  # noqa: E731
-    onto = other[..., :2].reshape(-1, 2)
+    onto = driver[..., :2].reshape(-1, 2)
     assert np.allclose(centre(fitted), centre(onto)) and size(fitted) == pytest.approx(size(onto)), "not shrunk"
-    steps = np.diff(fitted, axis=0) / np.diff(driver[..., :2].reshape(-1, 2), axis=0)
+    steps = np.diff(fitted, axis=0) / np.diff(other[..., :2].reshape(-1, 2), axis=0)
     assert np.allclose(steps, steps[0, 0]) and steps[0, 0] > 0, "one positive scale"
     unseen = np.zeros_like(driver)
-    assert evaluate.remove_similarity(unseen, moved) is unseen
+    assert evaluate.remove_similarity(driver, unseen) is unseen
+
+
+def test_being_small_hides_no_wrong_motion_across_identities():
+    """A wrong motion at any size, and drawn together to a point, which has no motion at all."""
+    driver, other = random_points(0), random_points(7)
+    driver[..., 2] = other[..., 2] = 1
+    size = 256, 256
+    rows = [evaluate.point_rows(driver, other * (k, k, 1), size, size, True) for k in (1, 0.1, 0.01)]
+    for row in rows:
+        assert (
+            row[""] == pytest.approx(rows[0][""])
+            and row["_image"] == pytest.approx(rows[0]["_image"])
+            and row["_image"] > 0.05
+        )
+    point = evaluate.point_rows(driver, other * (0, 0, 1), size, size, True)
+    assert math.isnan(point[""]) and math.isnan(point["_image"])
 
 
 def test_points_of_another_canvas_are_placed_as_sample_py_letterboxes_them():
@@ -365,7 +381,7 @@ def test_toy_joints_rank_motions_and_forget_the_person():
         return np.concatenate((clip.joints, clip.visible[..., None]), -1)
 
     driver, other_person, other_motion = joints(1, 2), joints(5, 2), joints(5, 3)
-    plc = lambda generated: evaluate.keypoint_consistency(evaluate.remove_similarity(driver, generated), generated)
+    plc = lambda generated: evaluate.keypoint_consistency(driver, evaluate.remove_similarity(driver, generated))
     assert evaluate.keypoint_consistency(driver, driver) == 0 < plc(other_person) < plc(other_motion)
 
 
@@ -560,6 +576,9 @@ def test_user_mistakes_end_in_one_sentence(folders, capsys):
     assert "nowhere does not exist" in mistake(capsys, folders / "nowhere", t, *pair)
     assert "nowhere" in mistake(capsys, g / "one", folders / "nowhere", *pair)
     assert "folder of clips" in mistake(capsys, g, t / "one", *pair)
+    save_frames(folders / "films", pictures()[:1])  # sample.py --every-step leaves one beside its film
+    (folders / "films" / "a.mp4").write_bytes(b"")
+    assert "a folder of clips" in mistake(capsys, folders / "films", t / "one", *pair)
     assert "one clip" in mistake(capsys, g / "one", t, *pair)
     save_frames(t / "three", pictures())
     assert "three" in mistake(capsys, g, t, *pair)
@@ -576,6 +595,7 @@ def test_user_mistakes_end_in_one_sentence(folders, capsys):
     assert "--driver" in mistake(capsys, *one, *pair, "--driver", t / "one")
     assert "--masks" in mistake(capsys, *one, *pair, "--masks", t / "one")
     assert "--size 3" in mistake(capsys, *one, *pair, "--size", "3")
+    assert "LPIPS can see: give at least 16" in mistake(capsys, *one, "--metrics", "lpips", "--size", "12")
     assert ".json" in mistake(capsys, *one, *pair, "-o", folders / "out.txt")
     text = folders / "text.npz"
     text.write_text("no array")

@@ -54,3 +54,9 @@ def test_every_weight_has_one_optimizer_and_biases_have_adamw(network):
     matrices = {name for name, p in network.named_parameters() if is_matrix(p)}
     assert set(muon) == matrices and not any(name.endswith("bias") for name in matrices)
     assert any(is_matrix(p) for p in network.parameters() if p.ndim > 1) and not is_matrix(torch.zeros(3, 99))
+
+
+def test_a_step_without_gradients_moves_nothing():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    Muon([p], lr=1.0).step()
+    assert torch.equal(p, torch.ones(4, 4))

@@ -270,7 +270,7 @@ def test_ddim_trajectory_equals_diffusers(steps):
     assert error(ddim(denoiser, start, Schedule(), steps), theirs) <= 1e-6
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 20, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 24, 30, 50])
 def test_dpm_solver_equals_diffusers_given_the_same_noise(steps):
     """diffusers draws noise twice in a second-order step and uses the second draw; we replay what it used."""
     scheduler = diffusers.CogVideoXDPMScheduler(**SCHEDULER)
@@ -285,7 +285,7 @@ def test_dpm_solver_equals_diffusers_given_the_same_noise(steps):
         )
         replay = torch.Generator().manual_seed(i)
         first, second = (torch.randn(start.shape, generator=replay) for _ in range(2))
-        used.append(second if 0 < i < steps - 1 else first)
+        used.append(second if i and step - 1000 // steps >= 0 else first)  # the last step may end at 0, short of clean
     noise = iter(used)
     ours = dpm_solver(denoiser, start, Schedule(), steps, noise=lambda: next(noise))
     assert error(ours, theirs) <= 1e-6
