@@ -457,6 +457,14 @@ def test_user_mistakes_end_in_one_sentence(example, tmp_path):
     assert list(tmp_path.glob("*out*")) == [] and list(tmp_path.glob(".*")) == []
 
 
+def test_a_photograph_without_a_backbone_is_told_what_it_will_become(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sample.main(
+            *sample.parse_args([str(tmp_path / "photo.jpg"), str(tmp_path / "drive.mp4"), "--cache", str(tmp_path)])
+        )
+    assert "the embedded toy model knows only drawn figures" in capsys.readouterr().out
+
+
 def test_no_output_takes_the_place_of_an_input(example, tmp_path):
     """The side by side video and the strip of steps are outputs too; pose and face videos and masks are inputs."""
     for name in ("out.mp4", "out_compare.mp4"):
