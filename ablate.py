@@ -417,6 +417,7 @@ def figures(results: dict, folder: Path) -> None:
         if "full" in results:
             mean = np.mean(list(numbers(results["full"], meter).values()))
             axis.axvline(mean, color=blue, linewidth=1, label="full, mean of its seeds")
+        axis.locator_params(axis="x", nbins=5)
         axis.set_title(meter + {"joint_error": ", px", "leak_color": ""}.get(meter, ", gray levels"))
     axes[0].set_yticks(range(len(results)), list(results))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, frameon=False)
@@ -431,7 +432,7 @@ def figures(results: dict, folder: Path) -> None:
             for k, result in enumerate(results[name].values()):
                 label = f"{name}: {ROWS[name].what.split(',')[0]}" if k == 0 else None
                 axis.plot(*zip(*result["training"]["held_out"]), style, color=colour, label=label, linewidth=1)
-        axis.set(xlabel="step of stage 2", ylabel="held-out v-MSE, cross identity", yscale="log")
+        axis.set(xlabel="step of stage 2", ylabel="held-out v-MSE, cross identity")
         axis.legend()
     figure.tight_layout()
     figure.savefig(folder / "same2x.png", dpi=100)
