@@ -371,6 +371,9 @@ def test_faces_rank_the_same_person_above_another_and_her_own_motion_above_anoth
     at = lambda *frames: np.stack([looks[k][1] for k in frames])
     same, next_frame, later = (evaluate.keypoint_consistency(at(0), at(k)) for k in (0, 1, 20))
     assert same == 0 < next_frame < later
+    another = [resize(f, 240, 240) for f in Video(assets / "video/liveportrait_s13.mp4", stop=3)]
+    moving = np.stack([face(f)[1] for f in another])
+    assert evaluate.point_rows(at(0, 1, 2), moving, (240, 240), (240, 240), True)[""] > next_frame, "another motion"
 
 
 def test_toy_joints_rank_motions_and_forget_the_person():
