@@ -17,9 +17,8 @@ import os
 from functools import cache, partial
 from pathlib import Path
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # before torch: threads that wait longer sleep, or beside another program all crawl
+# Before torch is imported: threads that spin as they wait crawl beside another busy program.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLE = {  # what is animated when nothing is given
     "reference": ASSETS / "ref.png",

@@ -27,9 +27,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "1000"
-)  # before torch: threads that wait longer sleep, or beside another program all crawl
+# Before torch is imported: threads that spin as they wait crawl beside another busy program.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 STAGES = ("vae", "0", "1", "2")
 ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
