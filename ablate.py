@@ -405,14 +405,13 @@ def figures(results: dict, folder: Path) -> None:
 
     blue, orange = "#0072b2", "#d55e00"  # of Okabe and Ito's palette: told apart by colour-blind readers too
     shown = "masked_l1", "face_l1", "joint_error", "leak_color"
+    labels = {list(results)[-1]: "of another row", "full": "a seed of full"}
     figure, axes = pyplot.subplots(1, len(shown), figsize=(12, 1 + 0.25 * len(results)), sharey=True)
     for axis, meter in zip(axes, shown):
         for y, (name, row) in enumerate(results.items()):
             found = list(numbers(row, meter).values())
-            colour, said = (
-                (blue, "a seed of full") if name == "full" else (orange, "of another row" * (y == len(results) - 1))
-            )
-            axis.plot(found, [y] * len(found), "o", color=colour, alpha=0.6, label=said or None)
+            colour = blue if name == "full" else orange
+            axis.plot(found, [y] * len(found), "o", color=colour, alpha=0.6, label=labels.get(name))
             axis.plot(np.mean(found), y, "|", color="black", markersize=12, label=None if y else "mean of the seeds")
         if "full" in results:
             mean = np.mean(list(numbers(results["full"], meter).values()))

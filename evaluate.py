@@ -584,10 +584,9 @@ def check_flags(args) -> None:
         path = getattr(args, name)
         if path and not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give another {name}")
-    if args.size is not None and args.size < (least := 16 if "lpips" in args.metrics else 7):
-        raise ValueError(
-            f"--size {args.size} is below what {'LPIPS' if least > 7 else 'SSIM'} can see: give at least {least}"
-        )
+    least, metric = (16, "LPIPS") if "lpips" in args.metrics else (7, "SSIM")
+    if args.size is not None and args.size < least:
+        raise ValueError(f"--size {args.size} is below what {metric} can see: give at least {least}")
     if args.output:
         check_output(args.output, args.generated, args.truth, suffixes=(".json",))
 

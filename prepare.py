@@ -111,7 +111,7 @@ def all_inputs(paths: list[Path]) -> list[tuple[str, Path, Path]]:
     for name, source, _ in videos:
         if names.setdefault(name, source) != source:
             raise ValueError(f"{names[name]} and {source} would make clips of one name: rename one of them")
-        if not name.isascii() and name.encode(errors="replace").decode() != name:
+        if name.encode(errors="replace").decode() != name:
             raise ValueError(f"{ascii(str(source))}: its name is not UTF-8, as the names of clips are: rename it")
     return sorted(set(videos))
 
@@ -491,22 +491,23 @@ def find_pairs(args, files: dict[str, list[Path]], own: tuple, find, embed) -> t
 
 def masks_of(args, kind: str, path: Path) -> list[Path]:
     """The mask file of a pseudo video, or the pictures in its folder; none if there are none."""
-    if not args.masks or not (Path(args.masks) / kind).is_dir():
-        return []
-    found = [p for p in (Path(args.masks) / kind).iterdir() if path.stem in (p.name, p.stem)]
-    return sorted(file for p in found for file in (p.iterdir() if p.is_dir() else [p]))
+    try:
+        found = named(Path(args.masks) / kind, path.stem) if args.masks else None
+    except (OSError, ValueError):
+        found = None
+    return [] if found is None else sorted(found.iterdir()) if found.is_dir() else [found]
 
 
 def pseudo_clip(args, line: dict, files: dict[str, list[Path]], vae, variants: int, find, embed) -> None:
     """Give one clip its pseudo cues, in place of those that it has; not again with the same files and thresholds."""
+    if files and not any(files.values()):
+        return  # none of them is of this clip
     home, cache = args.data / "cues" / line["id"], args.data / "cache" / f"{line['id']}.safetensors"
     tried = {k: getattr(args, k) for k in ("augment", "max_identity", "min_pose", "min_faces", "min_detail")}
     tried |= {name: str(getattr(args, name)) for name in ("masks", "segmenter", "sam", "face_model", "person")}
     for kind, paths in files.items():
         masks = [p for path in paths for p in masks_of(args, kind, path)]
         tried[kind] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (*paths, *masks)]
-    if files and not any(files.values()):
-        return  # none of them is of this clip
     if (home / "pseudo.json").exists() and json.loads((home / "pseudo.json").read_text())["tried"] == tried:
         return
     own = list(Video(args.data / "videos" / f"{line['id']}.mp4")), cues.Track.load(home / "track.npz")

@@ -578,18 +578,21 @@ def check_files(args) -> None:
     """ValueError or FileNotFoundError for a mistyped path or an unfit teacher: found out before the drawn world is drawn."""
     start = None if args.init in ("teacher", "backbone") else Path(args.init)
     for path in (args.teacher, start, args.backbone):
-        if not path or (path / "transformer").is_dir():
-            continue
-        file = newest_weights(path)
-        header = read_header(file) if file.suffix == ".safetensors" else {}
-        if path != args.teacher:
-            continue
-        if header.get("stage", "1") != "1":
-            raise ValueError(f"{path}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
-        for name in ("ref_slot", "location", "face"):  # student and teacher read the same batch
-            if header.get(name, getattr(args, name)) != getattr(args, name):
-                flag = f"--{name.replace('_', '-')} {header[name]}"
-                raise ValueError(f"{path} was trained with {flag}: give the same to stage 2")
+        if path and not (path / "transformer").is_dir():
+            file = newest_weights(path)
+            header = read_header(file) if file.suffix == ".safetensors" else {}
+            if path == args.teacher:
+                check_teacher(args, header)
+
+
+def check_teacher(args, header: dict) -> None:
+    """ValueError if a model with this header cannot guide the student: both read the same batch."""
+    if header.get("stage", "1") != "1":
+        raise ValueError(f"{args.teacher}: --teacher must be a stage-1 model, this one is of stage {header['stage']}")
+    for name in ("ref_slot", "location", "face"):
+        if header.get(name, getattr(args, name)) != getattr(args, name):
+            flag = f"--{name.replace('_', '-')} {header[name]}"
+            raise ValueError(f"{args.teacher} was trained with {flag}: give the same to stage 2")
 
 
 def wrap(args, ranks: Ranks, compute, master):
