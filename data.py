@@ -178,7 +178,8 @@ def cue_variant(body: tuple, face: tuple, k: int, generator, misalign: float, lo
     """Variant k of a clip's cues, stacked: pose, face (T, 3, H, W), body, face mask (T, 1, H, W), float32.
 
     body, face: (frames, Track) that the Pose Cue and the rest come from, mostly one and the same. Variant 0 is plain,
-    each other one has a cut-off (Paper silent: 0.08 to 0.20) and blank runs of its own; `misalign` > 0 moves its Pose Cue, see `misalignment` (A.2).
+    each other one has a cut-off (Paper silent: 0.08 to 0.20) and blank runs of its own; `misalign` > 0 moves its Pose
+    Cue, see `misalignment` (A.2).
     """
     options = replace(looks, location="hard", cutoff=float(generator.uniform(0.08, 0.20)) if k else looks.cutoff)
     drop = blank_runs(len(body[1].accepted), generator) if k else None

@@ -42,9 +42,7 @@ def test_ci_runs_what_readme_says():
 
 
 INLINE = re.findall(r"`(\w+\.py [^`]+)`", README.replace("\n", " "))
-SCRIPTS = {
-    c[c.index(".py") - len(re.search(r"\w*$", c[: c.index(".py")])[0]) :] for c in COMMANDS + INLINE if ".py" in c
-}
+SCRIPTS = {re.search(r"\w+\.py.*", command)[0] for command in COMMANDS + INLINE if ".py" in command}
 
 
 @pytest.mark.parametrize("command", sorted(SCRIPTS))
