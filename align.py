@@ -63,6 +63,12 @@ def fit_boxes(reference_box, boxes, accepted=None) -> tuple[float, np.ndarray]:
     return float(scale), shift_xy
 
 
+def fit_similarity(reference_mask, masks, accepted=None) -> tuple[float, np.ndarray]:
+    """The same from bool masks (H, W), (T, H, W), for clips that fit in memory."""
+    reference_box, *boxes = (tight_box(without_strays(mask)) for mask in (reference_mask, *masks))
+    return fit_boxes(reference_box, np.array(boxes).reshape(-1, 4), accepted)
+
+
 def transform(xy: np.ndarray, scale: float, shift_xy) -> np.ndarray:
     """Eq. (11): T(x) = scale * x + shift_xy, on points (..., 2) or boxes (..., 4), which are two points."""
     return scale * xy + np.tile(shift_xy, xy.shape[-1] // 2)

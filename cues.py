@@ -16,7 +16,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -70,37 +69,16 @@ READ_BY_ANALYSE = "align", "min_iou", "min_stability", "max_area_jump", "min_ove
 
 # ---- Pose Cue: low-pass in the frequency domain (Fig. 7) ----
 
-@lru_cache(maxsize=4)
-def filter_gain(size_y, size_x, cutoff, kind, dtype, device):
-    """The filter on an rfft2 grid, (size_y, size_x // 2 + 1); radius per axis in fractions of Nyquist."""
-    import torch
-    radius2 = (2 * np.fft.fftfreq(size_y))[:, None] ** 2 + (2 * np.fft.rfftfreq(size_x)) ** 2
-    return torch.from_numpy(FILTERS[kind](radius2 / cutoff ** 2)).to(device, dtype)
+def low_pass(gray: np.ndarray, cutoff: float, kind: str = "gaussian") -> np.ndarray:
+    """(H, W) float, both even -> the same, low-passed; nothing is clipped.
 
-
-def low_pass(gray, cutoff: float, kind: str = "gaussian"):
-    """(..., H, W) float, numpy or torch -> the same, low-passed; nothing is clipped.
-
-    Mirrored to 2H x 2W (half-sample symmetric), so that the FFT wraps around nothing: feet cut by the lower
-    border do not bleed into the sky. Equals DCT-II, gain, inverse DCT: the mean stays, no coefficient grows.
-    Paper silent: a Gaussian, exp(-r^2 / 2 cutoff^2), which cannot ring; 0.12 is a blur of sigma 2.65 pixels.
+    In DCT-II, the Fourier transform of the picture mirrored at its borders: feet cut by the lower border do not
+    bleed into the sky. The mean stays, no coefficient grows. Paper silent: a Gaussian, exp(-r^2 / 2 cutoff^2),
+    which cannot ring; 0.12 is a blur of sigma 2.65 pixels.
     """
-    import torch
-    from torch import fft
-    if isinstance(gray, np.ndarray):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)           # 4 ms a frame; two threads take 5, or 95 while other programs run
-        try:
-            return low_pass(torch.from_numpy(gray), cutoff, kind).numpy()
-        finally:
-            torch.set_num_threads(threads)
-    rows, columns = gray.shape[-2:]
-    gain = filter_gain(2 * rows, 2 * columns, cutoff, kind, gray.dtype, gray.device)
-    spectrum = fft.rfft(torch.cat((gray, gray.flip(-1)), -1), dim=-1)                      # (..., H, W + 1)
-    # Mirrored rows have the same spectrum: transforming rows before mirroring columns halves the work.
-    spectrum = fft.fft(torch.cat((spectrum, spectrum.flip(-2)), -2), dim=-2)               # (..., 2H, W + 1)
-    spectrum = fft.ifft(spectrum * gain, dim=-2)[..., :rows, :]
-    return fft.irfft(spectrum, n=2 * columns, dim=-1)[..., :columns]
+    rows, columns = gray.shape
+    radius2 = (np.arange(rows)[:, None] / rows) ** 2 + (np.arange(columns) / columns) ** 2     # of Nyquist
+    return cv2.idct(cv2.dct(gray) * FILTERS[kind](radius2 / cutoff ** 2).astype(gray.dtype))
 
 
 def pose_cue(frame, mask, options: CueOptions, misalign=(1.0, (0, 0))) -> np.ndarray:

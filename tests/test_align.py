@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align import (
-    align, centre, fit_boxes, height, misalignment, resized, tight_box, transform, warp, without_strays
+    align, centre, fit_similarity, height, misalignment, resized, tight_box, transform, warp, without_strays
 )
 
 H, W = 40, 64                                                          # not square: no swapped axis can pass
@@ -20,12 +20,6 @@ def block(x0, y0, x1, y1, shape=(H, W)):
     mask = np.zeros(shape, bool)
     mask[y0:y1 + 1, x0:x1 + 1] = True
     return mask
-
-
-def fit_similarity(reference_mask, masks, accepted=None):
-    """Eq. (9), (10) from bool masks (H, W), (T, H, W) and (T,), as pass 1 of cues.py gets its boxes."""
-    reference_box, *boxes = (tight_box(without_strays(mask)) for mask in (reference_mask, *masks))
-    return fit_boxes(reference_box, np.array(boxes).reshape(-1, 4), accepted)
 
 
 sides = st.integers(3, 8)
