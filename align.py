@@ -95,7 +95,7 @@ def resized(scale: float, shift_xy, ratio: float) -> tuple[float, np.ndarray]:
 def align(mode, reference_body, bodies, reference_face, faces, accepted=None) -> tuple[float, np.ndarray]:
     """The paper's mode is "height": Eq. (9), (10) on body boxes; "none" is the identity.
 
-    Differs: "face" takes face boxes instead; body heights mean nothing when one side ends at the waist.
+    Differs: "face" takes face boxes instead; body heights mean nothing when one of the two pictures ends at the waist.
     """
     if mode == "height":
         return fit_boxes(reference_body, bodies, accepted)
@@ -114,8 +114,8 @@ def misalignment(presence: np.ndarray, generator: np.random.Generator, strength:
 
     presence: (H, W), the clip's mask or the mean of its masks. Paper silent: in `probability` of the clips,
     scale log-uniform in `scales` about the silhouette's centroid, shift up to `shift` of each side; both (the
-    scale in logarithms) times `strength`, then halved until `keep` of the silhouette stays inside. Always four
-    draws, so that later draws do not move.
+    scale in logarithms) times `strength`, then halved until `keep` of the silhouette stays inside. Always draws
+    four numbers, used or not, so that whatever is drawn later stays the same.
     """
     chance, log_scale, *offset = generator.uniform([0, np.log(scales[0]), -shift, -shift],
                                                    [1, np.log(scales[1]), shift, shift])

@@ -47,7 +47,7 @@ from video import HelpFormatter, check_output
 
 BF16, CPU, MIB = torch.bfloat16, torch.device("cpu"), 2**20
 AUTOCAST = "bfloat16 autocast over float32"
-MIDDLE = DiTConfig(1024, 6, 16, 32, 16, 256, 512, True, 0, "cuefusion")  # 116 M parameters, for training
+MIDDLE = DiTConfig(dim=1024, depth=6, num_heads=16, text_dim=256, time_dim=512, cue_channels=0)  # 116 M parameters
 FRAME_RATE = 40  # frames a second that cue making should reach on two cores
 SECONDS = 25  # that 49 frames at 512x512 in 50 steps should take at most on one H100
 OFFLOAD_GIB = 16  # that the same may hold on the GPU with --offload

@@ -130,8 +130,8 @@ def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 
 
 def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
     """(T, 4), NaN = no face. Interpolates gaps of up to `longest` frames; longer ones and both ends stay NaN.
-    So does a gap between two profiles (narrower than 0.62 of their height): there the head has turned away and
-    shows hair; it was not missed. Paper silent.
+    So does a gap between two profiles (narrower than 0.62 of their height): there the head has turned away:
+    nothing was missed. Paper silent.
     """
     boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))
     slim = (boxes[:, 2] - boxes[:, 0]) / np.maximum(boxes[:, 3] - boxes[:, 1], 1)
@@ -273,7 +273,7 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
             options: CueOptions = CueOptions(), progress: Callable = iter) -> Track:
     """Pass 1 over `source`, (H0, W0, 3) uint8 RGB frames, for the canvas of `reference`, (H, W, 3) uint8.
 
-    Perception sees native pixels; masks and boxes are then letterboxed onto the canvas. `progress` may wrap
+    The finder sees native pixels; masks and boxes are then letterboxed onto the canvas. `progress` may wrap
     the frames. ValueError: an empty clip, no frame accepted, or a reference that shows nobody to align to.
     """
     canvas, masks, bodies, faces, scores, cuts = reference.shape[:2], [], [], [], [], []

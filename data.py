@@ -50,10 +50,10 @@ from machine import keep_freed_memory, pick_device
 from vae import CausalVAE, chunks
 from video import HelpFormatter, natural, write_image, write_video
 
-IMAGE_LATENT_SCALE = (
-    1.0  # Paper silent: the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
-)
+# Paper silent: the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
+IMAGE_LATENT_SCALE = 1.0
 TOY_SIZE, TOY_FRAMES, TOY_TEXT = 96, 33, (4, 64)  # pixels, frames of a cached clip, shape of the one text state
+HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -86,18 +86,18 @@ def padded(frames: Iterable) -> Iterator:
         yield recent[abs(last - k % (2 * last))]
 
 
-def latent_frames(masks: Tensor) -> Tensor:
-    """(T, ...) -> (f, ...): the mean over each latent's own frames; of 4f-3 (the start of a clip) the first is alone, else 4f."""
+def pool_time(masks: Tensor) -> Tensor:
+    """(T, ...) -> (f, ...): the mean over each latent frame's frames; of 4f-3 (the start of a clip) the first is alone, else 4f."""
     alone, rest = masks.split([masks.shape[0] % 4, masks.shape[0] // 4 * 4])
     return torch.cat([alone, rest.unflatten(0, (-1, 4)).mean(1)])
 
 
 def pool_masks(masks: Tensor) -> Tensor:
-    """Masks at latent size: (T, 1, H, W) -> (f, 1, H/8, W/8), the mean over 8x8 pixels and the latent's own frames.
+    """Masks at latent size: (T, 1, H, W) -> (f, 1, H/8, W/8), the mean over 8x8 pixels and a latent frame's frames.
 
     Paper silent: an area mean, since trilinear resizing would read only the centre pixels of each cell.
     """
-    return F.avg_pool2d(latent_frames(masks), 8)
+    return F.avg_pool2d(pool_time(masks), 8)
 
 
 def unzip(rows: Iterable[tuple], width: int) -> list[Iterator]:
@@ -144,10 +144,10 @@ def image_condition(image: Tensor, slots: int) -> Tensor:
 
 
 def window_inputs(latents: Tensor, start: int, image: Tensor, pose: Tensor, face: Tensor, ref_slot: str) -> tuple:
-    """What the DiT reads in sampling: latents (B, n, 16, h, w) of slot 0 and a window that starts at the clip's latent `start`.
+    """What the DiT reads in sampling: latents (B, n, 16, h, w) of slot 0 and a window that starts at the clip's latent frame `start`.
 
     Returns x (B, n, 32, h, w) and the cues (B, n, 17, h, w) of its slots. With ref_slot "copy" slot 0 is a copy of the
-    window's first latent, cues included.
+    window's first latent frame, cues included.
     """
     n = latents.shape[1]
     slots = [1 + start if ref_slot == "copy" else 0, *range(1 + start, start + n)]
@@ -185,13 +185,13 @@ def cue_variant(body: tuple, face: tuple, k: int, generator, misalign: float, lo
     drop = blank_runs(len(body[1].accepted), generator) if k else None
     moved = misalignment(body[1].presence(), generator, misalign) if misalign else None
     stack = lambda rows: [np.stack(part) for part in zip(*rows)]  # noqa: E731
-    found = stack(cues.render(*body, None, options, drop, moved))
-    return found if face is body else [found[0], *stack(cues.render(*face, None, options, drop))[1:]]
+    found = stack(cues.render(*body, options=options, drop=drop, misalign=moved))
+    return found if face is body else [found[0], *stack(cues.render(*face, options=options, drop=drop))[1:]]
 
 
 @torch.no_grad()
-def cache_latents(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
-    """(B, T, 3, H, W) -> the posterior's mean (B, f, 16, h, w), bfloat16 on the CPU: how the cache keeps it."""
+def encode_means(vae: CausalVAE, pictures: np.ndarray | Tensor) -> Tensor:
+    """(B, T, 3, H, W) -> the posterior's mean (B, f, 16, h, w), bfloat16 on the CPU, as the cache keeps it."""
     device = next(vae.parameters()).device
     return torch.cat(
         [vae.encode(torch.as_tensor(p, device=device)[None])[0].to("cpu", torch.bfloat16) for p in pictures]
@@ -207,7 +207,7 @@ def pseudo_latents(
         for k in range(variants):
             found = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), misalign, looks)
             pose.append(found[0]), face.append(found[1])
-    return {"pseudo_pose": cache_latents(vae, pose), "pseudo_face": cache_latents(vae, face)}
+    return {"pseudo_pose": encode_means(vae, pose), "pseudo_face": encode_means(vae, face)}
 
 
 @torch.no_grad()
@@ -237,14 +237,14 @@ def encode_clip(
     pictures = to_tensor(video[frame])
     sigma = torch.from_numpy(np.exp(generator.normal(-3.0, 0.5, (len(frame), 1, 1, 1)))).float()
     noisy = pictures + sigma * torch.from_numpy(generator.standard_normal(pictures.shape)).float()
-    single = lambda p: cache_latents(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
+    single = lambda p: encode_means(vae, torch.as_tensor(p)[:, None])[:, 0]  # noqa: E731
     coded = vae.encode(to_tensor(video)[None].to(next(vae.parameters()).device))
     mean, logvar = (z[0].to("cpu", torch.bfloat16) for z in coded)
     tensors = {
         "mean": mean,
         "logvar": logvar,
-        "pose": cache_latents(vae, [v[0] for v in variant]),
-        "face": cache_latents(vae, [v[1] for v in variant]),
+        "pose": encode_means(vae, [v[0] for v in variant]),
+        "face": encode_means(vae, [v[1] for v in variant]),
         "body": torch.from_numpy(np.packbits(body[:, 0] > 0.5, axis=-1)),
         "face_mask": torch.from_numpy(np.packbits(face_mask[:, 0] > 0.5, axis=-1)),
         "ref_frame": torch.from_numpy(frame),
@@ -307,8 +307,8 @@ def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
     generator = keyed(number, 998)
     own, other = toy_clip(number), toy_pseudo(number, args, generator)
     pair, pairs = toy_pair(own, args, generator), [toy_pair(other, args, generator)]
-    sizes = (number,), args.variants, args.refs, toy_looks(args), args.misalign
-    tensors = encode_clip(vae, own.video, pair, pairs, toy_text(), *sizes)
+    settings = dict(variants=args.variants, refs=args.refs, looks=toy_looks(args), misalign=args.misalign)
+    tensors = encode_clip(vae, own.video, pair, pairs, toy_text(), key=(number,), **settings)
     save_cache(tensors, args.output / "cache" / f"{number:06d}.safetensors")
 
 
@@ -330,9 +330,6 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
-
-
 def remember(path: Path, args, names: Iterable[str]) -> None:
     """Write down what the clips of a folder share, or compare with the run before."""
     settings = {name: getattr(args, name) for name in names}
@@ -345,17 +342,8 @@ def remember(path: Path, args, names: Iterable[str]) -> None:
     write_text(path, json.dumps(settings) + "\n")
 
 
-TOY_SHARED = (
-    "vae",
-    "variants",
-    "refs",
-    "pose_cue",
-    "joint_noise",
-    "face_cue",
-    "misalign",
-    "pseudo_faults",
-    "pseudo_people",
-)
+TOY_SHARED = ("vae", "variants", "refs", "pose_cue", "joint_noise", "face_cue", "misalign", "pseudo_faults")
+TOY_SHARED += ("pseudo_people",)
 
 
 def draw_share(args, numbers: list[int], done) -> None:
@@ -442,8 +430,8 @@ class Clips:
         return sum(map(len, self.buckets.values()))
 
     def places(self, step: int, G: int) -> tuple[list[dict], list[int]]:
-        """The bucket of a step, and the G places in it whose clips are shown. An epoch shows every clip once (and fills a bucket's last batch from its
-        start); buckets and clips come in an order drawn anew for each epoch."""
+        """The bucket of a step, and the places in it of the G clips shown, G samples a step over all ranks. An epoch shows every
+        clip once, in a new order; a bucket's last batch is filled up from its start."""
         batches = [(shape, j) for shape, clips in self.buckets.items() for j in range(-(-len(clips) // G))]
         epoch, place = divmod(step, len(batches))
         shape, j = batches[keyed(self.args.seed, 2**31, epoch).permutation(len(batches))[place]]
@@ -452,8 +440,8 @@ class Clips:
         return bucket, [int(order[(j * G + i) % len(bucket)]) for i in range(G)]
 
     def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
-        """The samples `indices` of the G of this step. The noise level of sample i is drawn from the p(i)-th of G equal intervals of
-        [0, 1000), p a permutation drawn anew each step (CogVideoX's explicit uniform sampling)."""
+        """The samples `indices` of this step's G. [0, 1) is cut into G equal intervals, dealt to the samples in random order; each
+        draws its noise level from its own interval (CogVideoX's explicit uniform sampling)."""
         order, (bucket, places) = keyed(self.args.seed, step).permutation(G), self.places(step, G)
         samples = []
         for i in indices:
@@ -504,9 +492,10 @@ class Clips:
         noise = torch.from_numpy(
             generator.standard_normal((1 + n, *file.get_slice("mean").get_shape()[1:]), np.float32)
         )
-        posterior = torch.from_numpy(generator.standard_normal((n, *noise.shape[1:]), np.float32))
+        posterior_noise = torch.from_numpy(generator.standard_normal((n, *noise.shape[1:]), np.float32))
         mean, logvar = (file.get_slice(name)[start : start + n].float() for name in ("mean", "logvar"))
-        latents = torch.cat([file.get_slice("ref_clean")[r : r + 1].float(), mean + (0.5 * logvar).exp() * posterior])
+        clean = mean + (0.5 * logvar).exp() * posterior_noise
+        latents = torch.cat([file.get_slice("ref_clean")[r : r + 1].float(), clean])
         condition = image_condition(file.get_slice("ref_noisy")[r : r + 1].float(), 1 + n)[0] * (not drop_reference)
         text = file.get_tensor("text").float()
         sample = {
@@ -522,25 +511,25 @@ class Clips:
 
         def cue(source: str, k: int) -> list[Tensor]:
             """(1+n, 17, h, w) for pose and face: slot 0 the reference's own, then variant k of the window's."""
-            pair = []
+            streams = []
             for name, mask in zip(("pose", "face"), masks):
                 own = file.get_slice(f"ref_{name}")[r : r + 1]
                 window = file.get_slice(source + name)[k, start : start + n]
                 slots = torch.cat([scale * torch.cat([own, window]).float(), mask], dim=1)
                 if args.ref_slot == "copy":
                     slots[0] = slots[1]
-                pair.append(slots * (not drop_cues))
-            pair[1] *= not (drop_face or args.face == "none")
-            return pair
+                streams.append(slots * (not drop_cues))
+            streams[1] *= not (drop_face or args.face == "none")
+            return streams
 
         variants = file.get_slice("pose").get_shape()[0]
         k = int(generator.integers(variants)) * self.training
         if args.stage == "2":
             sample["teacher_pose"], sample["teacher_face"] = cue("", 0)
             k = int(generator.integers(file.get_slice("pseudo_pose").get_shape()[0]))
-            k = k if self.training else k - k % variants  # without augmentation is the first of each pair's
+            k = k if self.training else k - k % variants  # each performer's first variant is without augmentation
         sample["pose"], sample["face"] = cue("pseudo_" if args.stage == "2" else "", k)
-        if drop_reference:
+        if drop_reference:  # slot 0's cues would still show her
             for name in ("pose", "face", "teacher_pose", "teacher_face"):
                 if name in sample:
                     sample[name][0] = 0
@@ -549,7 +538,7 @@ class Clips:
         return sample
 
     def location_cue(self, file, frames: slice, reference: int, generator: np.random.Generator) -> list[Tensor]:
-        """Masks of body and face, (1+n, 1, h, w): the reference frame's, then means over the frames of each of n latents.
+        """Masks of body and face, (1+n, 1, h, w): the reference frame's, then means over the frames of each of n latent frames.
 
         Paper silent: the softening cells; here of 8, 16 or 32 pixels, anywhere, so that no grid is learned.
         """
@@ -558,8 +547,8 @@ class Clips:
             bits = file.get_slice(name)
             packed = torch.cat([bits[reference : reference + 1], bits[frames]])
             mask = torch.from_numpy(np.unpackbits(packed.numpy(), axis=-1).astype(np.float32))
-            masks.append(torch.cat([latent_frames(mask[:1]), latent_frames(mask[1:])]))
-        if self.args.location == "soft":  # a mean over cells; after that over frames there is a third of the pixels
+            masks.append(torch.cat([mask[:1], pool_time(mask[1:])]))
+        if self.args.location == "soft":  # linear, so it may come after the mean over time, when less is left to do
             cell, phase = int(generator.choice([8, 16, 32])), generator.integers(32, size=2)
             cell, phase = (cell, phase) if self.training else (16, (0, 0))
             masks[0] = torch.from_numpy(cues.grid_soften(masks[0].numpy(), cell, "mean", phase))

@@ -32,9 +32,7 @@ class Schedule:
     def factors(self, step: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of each sample's step (B,), shaped to multiply `like`; float32 at least."""
         alpha = self.alphas_cumprod[step.cpu()].view(-1, *[1] * (like.ndim - 1))
-        dtype = torch.promote_types(
-            like.dtype, torch.float32
-        )  # bf16 would round alpha_bar to 1: no noise at all at step 0
+        dtype = torch.promote_types(like.dtype, torch.float32)  # bf16 would round alpha_bar to 1: no noise at step 0
         return alpha.sqrt().to(like.device, dtype), (1 - alpha).sqrt().to(like.device, dtype)
 
     def add_noise(self, clean: Tensor, noise: Tensor, step: Tensor) -> Tensor:
@@ -53,18 +51,18 @@ class Schedule:
         return signal * noisy - sigma * v
 
     def trail(self, steps: int) -> Iterator[tuple[int, float, float]]:
-        """(step, its alpha_bar, the next alpha_bar) from step 999 to the clean end, alpha_bar 1: "trailing" spacing.
+        """(step, its alpha_bar, the alpha_bar to go to), from step 999 down to the clean end, where alpha_bar is 1.
 
-        As released, "next" is num_steps // steps lower, so counts that divide 1000 badly (7, 15, 24) end at
-        alpha_bar[0] = 0.99915.
+        "Trailing" spacing, as released: the target is num_steps // steps lower. Where a count does not divide 1000
+        (7, 15, 24) that is not quite the next step visited, and the last target is alpha_bar[0] = 0.99915, not 1.
         """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"{steps} sampling steps: use 1 to {self.num_steps}")
         alphas = self.alphas_cumprod.tolist()
         for i in range(steps):
             step = round(self.num_steps - i * self.num_steps / steps) - 1
-            previous = step - self.num_steps // steps  # whole division, as released; differs from the next step visited
-            yield step, alphas[step], alphas[previous] if previous >= 0 else 1.0
+            target = step - self.num_steps // steps
+            yield step, alphas[step], alphas[target] if target >= 0 else 1.0
 
 
 def ddim(denoise: Denoiser, latents: Tensor, schedule: Schedule, steps: int = 50, progress=iter) -> Tensor:
@@ -117,12 +115,12 @@ def dpm_solver(
 def windows(
     denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int | None = None
 ) -> Denoiser:
-    """A denoiser for [reference slot, `length` latents] made of one for [reference slot, `size` latents].
+    """A denoiser for [reference slot, `length` latent frames] made of one for [reference slot, `size` latent frames].
 
     Each step, every window is denoised and v averaged with triangular weights; the reference slot, which all windows
     share, gets the plain mean. One solver then moves the whole clip, so that windows cannot drift apart as chained
-    clips do. Starts are even (the same two latents share a token in every window), the last window ends with the
-    clip: none is padded.
+    clips do. Starts are even (the same two latent frames share a token in every window), the last window ends with
+    the clip: none is padded.
 
     denoise: (latents (B, 1+size, C, h, w), step, start) -> v. `length` is odd; shorter clips are one window. `stride`
     is 8 of 13, 2 of 5, if not given. Paper silent.

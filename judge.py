@@ -8,11 +8,12 @@ pseudo drivers, place from the clip). Truth is A performing the motion: a drawn 
 
     masked L1, masked PSNR   over A's silhouette, two pixels wider; gray levels, dB
     face L1                  over A's visible face; gray levels
-    joint error              how far, in pixels, what surrounds a visible joint has to be moved to fit best: see `locate`
-    identity                 is the nearest of 16 people by the colours of the silhouette A? One of the 16 is B
+    joint error              how many pixels what surrounds a visible joint is away from its true place: see `locate`
+    identity                 of 16 people, A and B among them: are the silhouette's colours nearest to A's?
     leaks                    how much of B's colours, texture and outline is in the output: see `leaks`
-    seam                     change from frame to frame where latents meet over that elsewhere. In long clips (--frames 497)
-                             windows meet there too: an invisible seam is that of 17 frames, which are one window
+    seam                     change between frames where two latent frames meet, divided by the change elsewhere. Windows of
+                             long clips (--frames 497) meet there too: their joins cannot be seen if the number is that of
+                             17 frames, which are one window
     drift                    of long clips: what masked L1 gains in 100 frames, and its standard error
 
 The trivial answers they are compared with: A's picture standing still, and the driver's own frames.
@@ -174,9 +175,9 @@ def leaks(pair: Pair, video: np.ndarray) -> dict[str, float]:
 
 
 def seam(video: np.ndarray) -> float:
-    """The median change from the last frame of a latent to the first of the next over the median change within latents.
+    """Median change across the border of two latent frames, divided by the median change within latent frames.
 
-    Windows start at even latents and end at odd ones, so two of them meet at every latent. NaN where nothing moves.
+    Windows start at even latent frames and end at odd ones, so two of them meet at every border. NaN where nothing moves.
     """
     change = [np.abs(np.float32(b) - a).mean() for a, b in zip(video, video[1:])]
     within = np.median([c for t, c in enumerate(change) if t % 4])
@@ -193,7 +194,9 @@ def measure(pair: Pair, video: np.ndarray) -> dict:
     masks = [cv2.dilate(body.astype(np.uint8), np.ones((5, 5), np.uint8)) for body in pair.truth.body]
     frames = list(zip(video, pair.truth.video, masks))
     errors = [masked_l1(*frame) for frame in frames]
-    faces = [masked_l1(*frame) for frame in zip(video, pair.truth.video, pair.truth.face) if frame[2].sum() >= 9]
+    faces = [
+        masked_l1(*frame) for frame in zip(video, pair.truth.video, pair.truth.face) if frame[2].sum() >= 9
+    ]  # of less no face is seen
     return {
         "masked_l1": float(np.mean(errors)),
         "masked_psnr": float(np.mean([masked_psnr(*frame) for frame in frames])),
@@ -218,11 +221,11 @@ def summary(rows: list[dict]) -> dict:
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
-def place_of(pair: Pair, args, draw) -> tuple:
+def place_of(pair: Pair, args, generator: np.random.Generator) -> tuple:
     """(frames, Track) whose masks say where A stands: of A's own clip, or with --place driver B's, aligned to A's picture
     as sample.py does."""
     if args.place == "clip":
-        return data.toy_pair(pair.truth, args, draw)[1]
+        return data.toy_pair(pair.truth, args, generator)[1]
     reference_mask = finder.paint_mask(pair.still.body[0], pair.still.face[0])
     find = replace(data.toy_finder(pair.driver), reference_mask=reference_mask)
     return pair.driver.video, cues.analyse(pair.driver.video, pair.reference, find, cues.CueOptions())
@@ -232,13 +235,13 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
     """The reference's latent (1, 16, h, w), and pose and face cues (1, 1+f, 17, h, w) with the reference's own at slot 0."""
     looks = replace(data.toy_looks(args), location=args.location, cell=args.soften_cell)
     device = next(vae.parameters()).device
-    draw = data.keyed(FIRST, number)
+    generator = data.keyed(FIRST, number)
     streams = []
-    for motion in (pair.still, pair.driver):
-        body, face = data.toy_pair(motion, args, draw)
-        own = data.toy_pair(motion, args, draw)[1] if motion is pair.still else place_of(pair, args, draw)
-        rows = zip(*(cues.render(*source, None, looks) for source in (body, face, own)))
-        mixed = ((pose[0], face[1], *own[2:]) for pose, face, own in rows)
+    for clip in (pair.still, pair.driver):
+        body, face = data.toy_pair(clip, args, generator)
+        place = face if clip is pair.still else place_of(pair, args, generator)
+        rows = zip(*(cues.render(*source, options=looks) for source in (body, face, place)))
+        mixed = ((pose[0], face[1], *place[2:]) for pose, face, place in rows)
         streams.append(encode_cues(vae, padded(mixed), device, vae.config.scaling_factor))
     pose, face = (torch.cat(two, 1) for two in zip(*streams))
     image = encode_image(vae, to_tensor(pair.reference)[None].to(device))

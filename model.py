@@ -1,11 +1,10 @@
 """The network: CogVideoX1.5's expert DiT with CueFusion blocks (paper Sec. 3.1, Fig. 2, Eq. 1-3).
 
-Read it bottom-up: RoPE, one expert block, CueFusion, the model. Without cues it is CogVideoX1.5 (`tests/test_parity.py`
+The parts come first: RoPE, one expert block, CueFusion, the model. Without cues it is CogVideoX1.5 (`tests/test_parity.py`
 compares it with diffusers); with freshly made cue layers it still is, to the last bit, because they start by adding nothing.
 
 Letters, the same in every file: B batch; f, h, w latent frames, rows, columns; N video tokens, each a patch of 2x2x2 latents
-(the drawn world: 2x1x1);
-L text tokens; D width. Inside a block `x` are the video tokens (hidden_states in diffusers), `c` the text tokens
+(2x1x1 in the drawn world); L text tokens; D width. Inside a block `x` are the video tokens (hidden_states in diffusers), `c` the text tokens
 (encoder_hidden_states), `t_emb` the time embedding (temb), `pose` and `face` the cue streams.
 
     python model.py        # prints the shapes of one forward pass
@@ -30,13 +29,13 @@ class DiTConfig:
     dim: int
     depth: int
     num_heads: int
-    in_channels: int  # 32: noisy latents and image condition; 16 for text-to-video
-    out_channels: int
     text_dim: int
     time_dim: int
-    ofs: bool  # image-to-video 1.5 adds the embedding of a constant to the step's
-    cue_channels: int  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
-    cue_injection: str  # "cuefusion", "concat" (DC injection) or "cross" (CA injection)
+    in_channels: int = 32  # noisy latents and image condition; 16 for text-to-video
+    out_channels: int = 16
+    ofs: bool = True  # image-to-video 1.5 adds the embedding of a constant to the step's
+    cue_channels: int = 17  # 16 latent channels and 1 mask channel for each of pose and face; 0: no cue layers at all
+    cue_injection: str = "cuefusion"  # or "concat" (DC injection), "cross" (CA injection)
     patch: tuple[int, int, int] = (2, 2, 2)  # latents in a token: frames, rows, columns
 
     def __post_init__(self):
@@ -50,10 +49,10 @@ class DiTConfig:
 
 
 DIT_PRESETS = {
-    "cogvideox1.5-5b": DiTConfig(3072, 42, 48, 32, 16, 4096, 512, True, 17, "cuefusion"),
+    "cogvideox1.5-5b": DiTConfig(dim=3072, depth=42, num_heads=48, text_dim=4096, time_dim=512),
     # small pictures want small patches: a person is 9 tokens tall here, 20 at 512x512; with 2x2x2 she would be 4
-    "toy": DiTConfig(256, 4, 4, 32, 16, 64, 48, True, 17, "cuefusion", patch=(2, 1, 1)),
-    "tiny": DiTConfig(64, 2, 2, 32, 16, 32, 48, True, 17, "cuefusion"),
+    "toy": DiTConfig(dim=256, depth=4, num_heads=4, text_dim=64, time_dim=48, patch=(2, 1, 1)),
+    "tiny": DiTConfig(dim=64, depth=2, num_heads=2, text_dim=32, time_dim=48),
 }
 
 
@@ -372,9 +371,8 @@ class DiT(nn.Module):
             x, c, pose, face = self.run_block(block, x, c, pose, face, t_emb, rope)
             if depth == tap:
                 tapped = x
-        v = unpatchify(
-            self.proj_out(self.norm_out(self.norm_final(x), t_emb)), grid, self.config.patch
-        )  # (B, f, 16, h, w)
+        x = self.proj_out(self.norm_out(self.norm_final(x), t_emb))
+        v = unpatchify(x, grid, self.config.patch)  # (B, f, 16, h, w)
         return v if tap is None else (v, tapped)
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from machine import pick_device
 
 ITERATIONS = 5
-A, B, C = 3.4445, -4.7750, 2.0315  # of the paper's quintic: steep at 0, so singular values come to 0.7-1.2 in 5 rounds
+A, B, C = 3.4445, -4.7750, 2.0315  # of Jordan's quintic: steep at 0, so singular values come to 0.7-1.2 in 5 rounds
 
 
 def is_matrix(p: Tensor) -> bool:
@@ -70,6 +70,7 @@ class Muon(torch.optim.Optimizer):
                 m = m.full_tensor() if isinstance(p, DTensor) else m
                 alike.setdefault(m.flatten(1).shape, []).append((p, m.flatten(1)))
             for shape, pairs in alike.items():
+                # an orthogonal matrix has entries of root mean square 1 / sqrt(max(shape))
                 found = 0.2 * max(shape) ** 0.5 * orthogonal(torch.stack([m for _, m in pairs]))
                 for (p, _), update in zip(pairs, found):
                     update = update.view(p.shape)

@@ -75,7 +75,7 @@ class Ranks:
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
 
-    def count_all(self, number: int) -> int:
+    def total(self, number: int) -> int:
         return int(self.sum(torch.tensor(number, device=self.device)))
 
     def peak(self) -> float | None:
@@ -94,8 +94,8 @@ class Ranks:
 def meeting_place() -> dist.Store:
     """The key-value store where torchrun's ranks find each other, a corner of its own for each restart.
 
-    torchrun on one machine keeps its store over restarts, and with it the addresses of dead ranks: to reach one of
-    those is refused, or waited for. On several machines (--rdzv_backend c10d) each restart has a new store.
+    torchrun on one machine keeps its store over restarts, and in it the addresses of dead ranks, which refuse a
+    connection or never answer. On several machines (--rdzv_backend c10d) each restart has a new store.
     """
     store, _, _ = next(dist.rendezvous("env://"))
     several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1  # each of which counts its own restarts
@@ -212,13 +212,13 @@ class Saver:
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        self.count(0)  # the folder is there for all
+        self.sum_over_ranks(0)  # wait until the folder is there
         try:
             for name, state in weights.items():
                 save_weights(part / f"{name}.safetensors", model, state=state, **header)
         except OSError as error:
             failure = error
-        if not self.count(failure is not None):  # else the others would wait in dcp.save
+        if not self.sum_over_ranks(failure is not None):  # else the others would wait in dcp.save
             try:
                 dcp.save(
                     {"optimizer": optimizer},
@@ -228,7 +228,7 @@ class Saver:
                 )
             except (OSError, CheckpointException) as error:
                 failure = error
-        if self.count(failure is not None):
+        if self.sum_over_ranks(failure is not None):
             if ranks.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
             raise OSError(save_error(run, model, len(weights) > 1, failure)) from None
@@ -238,8 +238,8 @@ class Saver:
             for old in checkpoints(run)[: -args.keep] if args.keep else ():
                 shutil.rmtree(old)
 
-    def count(self, number: int) -> int:
-        """Summed over the ranks, each of which waits for the others."""
+    def sum_over_ranks(self, number: int) -> int:
+        """Each rank waits for the others."""
         total = torch.tensor(int(number))
         if self.group is not None:
             dist.all_reduce(total, group=self.group)

@@ -17,7 +17,7 @@ import os
 from functools import cache, partial
 from pathlib import Path
 
-# Before torch is imported: threads that spin as they wait crawl beside another busy program.
+# Before torch is imported: waiting threads sleep soon; those that spin slow each other down beside another busy program.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLE = {  # what is animated when nothing is given
@@ -160,22 +160,22 @@ def open_text_encoder(args, dtype):
 def open_vae(args, dtype, device, size) -> CausalVAE:
     """The VAE on its device, in tiles where a picture of this size (H, W) does not fit at once."""
     if args.preset == "toy":
-        network = load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].eval()
+        vae = load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].eval()
     elif args.preset:
-        network = random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
+        vae = random_weights(CausalVAE, VAE_PRESETS[args.preset], dtype)
     else:
-        network = load_vae(args.backbone, dtype)
+        vae = load_vae(args.backbone, dtype)
     height, width = size
-    network.tile(saving(args, "tile", f"decoding {width}x{height} at once", network.memory(height, width), device))
-    return network.to(device)
+    vae.tile(saving(args, "tile", f"decoding {width}x{height} at once", vae.memory(height, width), device))
+    return vae.to(device)
 
 
 def open_transformer(args, dtype) -> tuple[DiT, dict]:
-    """The DiT, and how it was trained: how many latents it saw at once (the window of long clips), and what slot 0 held."""
+    """The DiT, and how it was trained: how many latent frames it saw at once (the window of long clips), and what slot 0 held."""
     if args.checkpoint:
-        network, header = load_weights(args.checkpoint)
+        dit, header = load_weights(args.checkpoint)
         print(f"{args.checkpoint}: stage {header.get('stage')}, step {header.get('step')}")
-        return network.eval(), {name: header[name] for name in ("window", "ref_slot") if name in header}
+        return dit.eval(), {name: header[name] for name in ("window", "ref_slot") if name in header}
     if args.preset:
         print("Random weights: every stage is real, but the picture will be noise.")
         return random_weights(DiT, DIT_PRESETS[args.preset], dtype), {}
@@ -192,7 +192,7 @@ def random_weights(network_class, config, dtype):
 
 
 def saving(args, flag: str, what: str, needed: int, device) -> bool:
-    """Whether to save memory: as the flag says, else where `what`, of so many bytes, does not fit, which is printed."""
+    """Whether to save memory. The flag decides; without it True, with a printed line, if the `needed` bytes do not fit."""
     given, room = getattr(args, flag), budget.capacity(device, 1)
     too_large = room is not None and needed > room
     if given is None and too_large:
@@ -200,7 +200,7 @@ def saving(args, flag: str, what: str, needed: int, device) -> bool:
     return too_large if given is None else given
 
 
-def place(args, network: nn.Module, device, dtype) -> nn.Module:
+def move(args, network: nn.Module, device, dtype) -> nn.Module:
     """Move a network, as its file has it, to the device in this dtype: all of it, or with --offload everything but its
     blocks, each of which is there only while it runs, and waits, memory-mapped, in its file."""
     needed = sum(p.numel() for p in network.parameters()) * dtype.itemsize
@@ -277,7 +277,7 @@ def encode_text(args, device, dtype) -> Tensor:
     tokenizer, t5 = open_text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
         raise ValueError("--prompt needs the tokenizer: spiece.model in the backbone's tokenizer folder")
-    t5 = place(args, t5, device, dtype)
+    t5 = move(args, t5, device, dtype)
     text = torch.cat([t5((tokenizer([p]) if p else empty_prompt()).to(device)) for p in prompts])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_cache({"text": text.cpu()}, path)
@@ -317,12 +317,12 @@ def denoise(
     draw = lambda: torch.randn(1, slots, *image.shape[1:], generator=generator)  # noqa: E731
     image, pose, face, text = image.to(device), pose.to(device), face.to(device), text.to(device)
 
-    first, last = (1000 * (1 - part) for part in args.guidance_interval[::-1])  # steps count down from 999
+    low, high = (1000 * (1 - part) for part in args.guidance_interval[::-1])  # steps count down from 999
 
     def velocity(latents: Tensor, step: int, start: int) -> Tensor:
         x, *cue_streams = window_inputs(latents, start, image, pose, face, ref_slot)
         at = torch.tensor([step], device=device)
-        states = text if first <= step <= last else text[:1]
+        states = text if low <= step <= high else text[:1]
         parts = states.split(1 if args.sequential else len(states))
         v = [dit(x.expand(len(t), -1, -1, -1, -1), at, t, *cue_streams) for t in parts]
         v = torch.cat(v).float()
@@ -438,24 +438,24 @@ def animate(args) -> None:
     rows = driving_rows(args, source, track, reference, options)
 
     text = encode_text(args, device, dtype)
-    network = open_vae(args, dtype, device, reference.shape[:2])
+    vae = open_vae(args, dtype, device, reference.shape[:2])
     own_row = cues.render(reference[None], own, (height, width), options)
     drive = tqdm(rows(), desc="encode", unit="frame", total=frames)
-    image, pose, face = encode(args, network, device, reference, own_row, drive)
-    del network
-    network, trained = open_transformer(args, dtype)
-    network = place(args, network, device, dtype)
+    image, pose, face = encode(args, vae, device, reference, own_row, drive)
+    del vae
+    dit, trained = open_transformer(args, dtype)
+    dit = move(args, dit, device, dtype)
     if args.compile:
-        for block in network.blocks:
+        for block in dit.blocks:
             block.forward = torch.compile(block.forward)  # block.compile() would trace the hooks of --offload too
-    args.sequential = sequential(args, network.config, pose, text, trained.get("window", 13), device, dtype)
-    latents, predictions = denoise(args, network, device, text, image, pose, face, **trained)
-    del network
+    args.sequential = sequential(args, dit.config, pose, text, trained.get("window", 13), device, dtype)
+    latents, predictions = denoise(args, dit, device, text, image, pose, face, **trained)
+    del dit
     gc.collect()  # compiled blocks refer to themselves
-    network = open_vae(args, dtype, device, reference.shape[:2])
-    write_clip(output, pictures(network, latents, frames, device), source)
+    vae = open_vae(args, dtype, device, reference.shape[:2])
+    write_clip(output, pictures(vae, latents, frames, device), source)
     if predictions:
-        frames = [next(pictures(network, latent, 1, device)) for latent in predictions]
+        frames = [next(pictures(vae, latent, 1, device)) for latent in predictions]
         write_image(strip, np.concatenate(frames, axis=1), comment=AI_GENERATED)
         print(f"wrote {strip}")
     if args.compare:

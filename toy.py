@@ -1,7 +1,7 @@
 """A drawn world in which identity, motion, expression, camera and background are independent.
 
     python toy.py -o toy.png                  # rows: people; columns: the same motions over time
-    clip = toy.render(identity=3, motion=7)   # frames, exact masks, boxes and joints
+    clip = toy.render(identity=3, motion=7)   # frames, exact masks, boxes and joints: `Clip` and `render`, at the end
 
 Each factor has its own integer seed, so render(A, motion=B) and render(C, motion=B) are one performance by
 two people, frame by frame. No camera can record that, and without it "animate A like C" has no ground truth:
@@ -175,15 +175,15 @@ def make_person(seed: int) -> Person:
     tall, heavy, leg, wide, skull = rng.uniform((.93, .86, .92, .86, .92), (1.06, 1.28, 1.08, 1.14, 1.14))
     style, palette = draw_wardrobe(rng)
     leg, wide, R = THIGH * leg, .098 * wide * heavy ** .4, float(.092 * skull)       # R: radius of the skull
-    chin, cones = .03 + R, []                            # chin: the skull's centre above the neck
+    skull_y, cones = .03 + R, []                         # skull_y: the skull's centre above the neck
 
     def cone(bone, a, b, ra, rb, material, flat=1., axis=2, clip=(0, 0, 0, 1), to=None):
         ends = (BONE[bone], BONE[to or bone]), (a, b), (ra, rb)
         cones.append((*ends, MATERIALS.index(material), flat, axis, clip))
 
     def head_cone(a, b, ra, rb, material, flat=1., axis=2, clip=(0, 0, 0, 9)):
-        a, b = ((x * R, chin + y * R, z * R) for x, y, z in (a, b))
-        cone("head", a, b, ra * R, rb * R, material, flat, axis, (*clip[:3], clip[3] * R + clip[1] * chin))
+        a, b = ((x * R, skull_y + y * R, z * R) for x, y, z in (a, b))
+        cone("head", a, b, ra * R, rb * R, material, flat, axis, (*clip[:3], clip[3] * R + clip[1] * skull_y))
 
     trunk, hem = ("bottom", (0, 0, 0, 1)) if style["outfit"] == "overalls" else ("top", (0, -1, 0, -.002))
     cone("hips", (-.03, -.008, 0), (.03, -.008, 0), .068 * heavy, .068 * heavy, "bottom", .9)
@@ -192,7 +192,7 @@ def make_person(seed: int) -> Person:
     cone("chest", (.008 - wide, .172, 0), (wide - .008, .172, 0), .046, .046, "top", .95)
     if heavy > 1.12:
         cone("chest", (0, .01, .02), (0, .03, .02), .075 * heavy, .07 * heavy, trunk, .85)
-    cone("chest", (0, .17, -.004), (0, chin - .3 * R, 0), .036, .034, "skin", to="head")
+    cone("chest", (0, .17, -.004), (0, skull_y - .3 * R, 0), .036, .034, "skin", to="head")
     head_cone((0, 0, 0), (0, -.5, .1), 1, .8, "skin")
     head_cone((0, -.3, .96), (0, -.3, 1), .14, .15, "skin")                  # nose
     for args in hair_cones(style):
@@ -205,11 +205,11 @@ def make_person(seed: int) -> Person:
         offsets += [(s * wide, .175, 0), (0, -.145, 0), (0, -.13, 0)]
         offsets += [(s * .05 * heavy ** .5, -.01, 0), (0, -leg, 0), (0, -leg, 0)]
     joints = np.zeros((len(JOINTS), 3))                  # most are the origins of their bones
-    joints[:2] = (0, chin - .3 * R, 1.1 * R), (0, .2, 0)
-    joints[14:18] = [(x * R, chin + y * R, z * R) for x, y, z in
+    joints[:2] = (0, skull_y - .3 * R, 1.1 * R), (0, .2, 0)
+    joints[14:18] = [(x * R, skull_y + y * R, z * R) for x, y, z in
                      ((-.4, -.12, .9), (.4, -.12, .9), (-1, -.25, 0), (1, -.25, 0))]
     joints[18:] = [(0, -.04, 0)] * 2 + [(0, -.03, .09)] * 2
-    return Person(tall, style, palette, (chin, R), np.array(offsets), joints, *map(np.array, zip(*cones)))
+    return Person(tall, style, palette, (skull_y, R), np.array(offsets), joints, *map(np.array, zip(*cones)))
 
 
 # ---- Motion: a score of key poses, then forward kinematics -------------------------------------------------
@@ -330,7 +330,7 @@ def motion_pose(seed: int, seconds: np.ndarray) -> dict:
     legs, upper = rng.choice(legs.split(), bars), rng.choice(upper.split(), bars)
     legs = np.concatenate([score_keys(LEGS[bar], LEG_POSES, 1) for bar in legs])
     upper = np.concatenate([score_keys(UPPER[bar], ARMS, 3) for bar in upper])
-    swell = rng.uniform(-.2, .1)
+    swell = rng.uniform(-.2, .1)                         # gestures larger or smaller than written
     legs += swell * (legs - score_keys(LEGS["stand"], LEG_POSES, 1)[0])
     upper += swell * (upper - score_keys(UPPER["hang"], ARMS, 3)[0])
     if rng.random() < .5:                                # mirrored
@@ -575,7 +575,7 @@ GIRTH = np.array([.078, .078, 0, *[.036, .036, .036, .054, .054, .054] * 2])
 def paint(person: Person, part: np.ndarray, xyz: list, look: dict) -> tuple[np.ndarray, np.ndarray]:
     """Cones (N,) and positions x, y, z (N,) in their bones' coordinates -> RGB (N,3), is it face (N,)"""
     material, bone, (x, y, z) = person.material[part], person.bone[part, 0], xyz
-    style, palette, (chin, R) = person.style, person.palette, person.skull
+    style, palette, (skull_y, R) = person.style, person.palette, person.skull
     skin, _, top, bottom, shoes, _ = range(len(MATERIALS))
     if style["outfit"] == "overalls":
         bib = (z > 0) & (np.abs(x) < .056) & (y < .115) | (np.abs(np.abs(x) - .044) < .013)
@@ -591,7 +591,7 @@ def paint(person: Person, part: np.ndarray, xyz: list, look: dict) -> tuple[np.n
     face = (bone == BONE["head"]) & (material == skin) & (z > .25 * R) & (np.abs(x) < .87 * R)
     at = np.flatnonzero(face)
     front = colour[at]
-    paint_face(front, x[at] / R, (y[at] - chin) / R, person, look)
+    paint_face(front, x[at] / R, (y[at] - skull_y) / R, person, look)
     colour[at] = front
     return colour, face
 

@@ -27,13 +27,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-# Before torch is imported: threads that spin as they wait crawl beside another busy program.
+# Before torch is imported: waiting threads sleep soon, as in sample.py; sooner would cost a long training a tenth.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 STAGES = ("vae", "0", "1", "2")
 ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
-DEFAULTS = {  # of the 5B model steps, lr, D and lambda are the paper's (Sec. 4.1, Table 4). Paper silent: the rest, weight decay and warm-up too
+DEFAULTS = {  # a tuple: one value a stage. Of the 5B model steps, lr and D are the paper's (Sec. 4.1, Table 4). Paper silent: the rest
     "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=(2e-5,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(1,) * 4, align_depth=10, ema=0.0, cooldown=0.0,
                             checkpointing=True, window=13, vae_preset="cogvideox1.5"),
     "toy": dict(steps=(6000, 3000, 3000, 3000), optimizer="muon", lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, noise_shift=4.0, batch=(1, 4, 4, 4), align_depth=1, ema=0.998, cooldown=0.3,
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
     add("--data", type=Path, default=TOY_DATA, help="data folder made by data.py; the toy's is drawn when missing")
-    add("--window", type=int, default=default["window"], help="latents of a clip seen at once, odd: 13 are 49 frames")
+    add("--window", type=int, default=default["window"], help="latent frames of a clip seen at once, odd: 13 are 49 frames")
     add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 run or file (toy: assets); stage vae: a VAE")
     add("--teacher", type=Path, help="stage 2: a stage-1 run folder, .safetensors or .pt file")
     add("--init", default="teacher", metavar="{teacher,backbone,FILE}",
@@ -191,7 +191,7 @@ from video import write_image  # noqa: E402
 def same2x(student: Tensor, teacher: Tensor) -> Tensor:
     """Eq. 4 without its expectation: minus the cosine of matching tokens, mean over tokens. (B, N, D) twice -> (B,).
 
-    Paper silent: which tokens, and whether a head projects them. Here the video tokens leaving block D, as they are.
+    Paper silent: which tokens, and whether a head projects them. Here the video tokens leaving block `align_depth`, as they are.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     return -F.cosine_similarity(student.to(wide), teacher.to(wide), dim=-1).mean(dim=1)
@@ -215,23 +215,22 @@ class Denoising(nn.Module):
         latents, noise, step, text = (batch[name] for name in ("latents", "noise", "step", "text"))
         x = torch.cat([self.schedule.add_noise(latents, noise, step), batch["condition"]], dim=2)
         target = self.schedule.velocity(latents, noise, step)
-        v, features = self.model(x, step, text, batch.get("pose"), batch.get("face"), tap=self.align_depth)
+        v, student = self.model(x, step, text, batch.get("pose"), batch.get("face"), tap=self.align_depth)
         losses = {"denoise": F.mse_loss(v.to(target.dtype), target, reduction="none").flatten(1).mean(1)}
-        teacher = self.frozen[0]
-        if teacher is not None and self.training:
+        if self.frozen[0] is not None and self.training:
             with torch.no_grad():
                 pose, face = batch["teacher_pose"], batch["teacher_face"]
-                same = teacher.features(x, step, text, pose, face, self.align_depth)
-            losses["s2x"] = same2x(features, same)
+                teacher = self.frozen[0].features(x, step, text, pose, face, self.align_depth)
+            losses["s2x"] = same2x(student, teacher)
         return losses
 
 
-class Coding(nn.Module):
+class Autoencoding(nn.Module):
     """The VAE's loss: absolute error of pixels and of their differences (for edges), and Kullback-Leibler divergence.
 
-    The last keeps about a tenth of noise in every latent, so that what a DiT predicts almost right also looks so.
-    Latents at half their rows and columns have to be the picture at half its size: so they vary as smoothly as the
-    picture does, and a DiT learns them sooner (Kouzelis et al., EQ-VAE, 2025).
+    The divergence keeps noise of about a tenth in every latent, so that small errors of a DiT stay small in the picture.
+    Latents averaged to half their rows and columns must decode to the picture at half its size: they then vary as
+    smoothly as pictures do, and a DiT learns them sooner (Kouzelis et al., EQ-VAE, 2025).
     """
 
     def __init__(self, model: CausalVAE):
@@ -369,7 +368,6 @@ class Meter:
     """Sums since the last log line: each loss, and the denoising loss by noise level in ten bins of 100 steps."""
 
     def __init__(self, device):
-        self.device = device
         self.sums: dict[str, Tensor] = {}
         self.bins = torch.zeros(2, 10, dtype=torch.float64, device=device)
 
@@ -384,11 +382,14 @@ class Meter:
             self.bins[1].index_add_(0, bins, torch.ones_like(bins, dtype=torch.float64))
 
     def read(self, ranks: Ranks) -> dict:
-        record = {name: (ranks.sum(total)[0] / total[1]).item() for name, total in self.sums.items()}
+        record = {}
+        for name, sums in self.sums.items():
+            total, count = ranks.sum(sums).tolist()
+            record[name] = total / count
         total, count = ranks.sum(self.bins).tolist()
         if sum(count):
             record["denoise_by_step"] = [round(a / b, 5) if b else None for a, b in zip(total, count)]
-        self.__init__(self.device)
+        self.sums, self.bins = {}, torch.zeros_like(self.bins)
         return record
 
 
@@ -505,7 +506,7 @@ def open_data(args, ranks: Ranks):
 def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Callable[[dict], float]:
     """Print tokens, FLOPs and bytes of the largest bucket, choose --shard if nobody did, refuse what cannot fit.
 
-    clips: None for those of the drawn world, when they are yet to be drawn. Returns the FLOPs of a batch.
+    clips: None for those of the drawn world, when they are yet to be drawn. Returns a function, batch -> FLOPs.
     """
     config = replace(dit_config(args), **{"cue_channels": 0} if args.stage == "0" else {})
     (height, width, latents), (text, text_dim) = (data.TOY_SIZE, data.TOY_SIZE, args.window), data.TOY_TEXT
@@ -559,7 +560,7 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
 
 
 def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
-    """(the checkpoint to go on from, or None; this launch's settings as given, for `plan` fills in --shard)."""
+    """(the checkpoint to go on from, or None; this launch's settings as given, before `plan` fills in --shard)."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     run = args.output
     newest, before = ranks.agree((next(iter(checkpoints(run)[-1:]), None), read_settings(run)))
@@ -596,7 +597,7 @@ def check_teacher(args, header: dict) -> None:
 
 
 def wrap(args, ranks: Ranks, compute, master):
-    """(objective, the same as a step calls it, autocast): on the device, in ranks' slices or copies, compiled if asked."""
+    """(the objective; what a step calls, which is the objective or DDP around it; autocast), on the device, sharded, compiled."""
     model = build(args)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=compute == torch.bfloat16)
     whole = args.shard in ("none", None)  # None: the VAE
@@ -605,7 +606,7 @@ def wrap(args, ranks: Ranks, compute, master):
     else:
         model, autocast = shard(model, args.shard == "full", ranks, compute, master), nullcontext()
     if args.stage == "vae":
-        objective = Coding(model)
+        objective = Autoencoding(model)
     else:
         teacher = load_teacher(args, compute, ranks.device)
         objective = Denoising(model, args.align_depth, teacher)
@@ -702,7 +703,7 @@ def train(args) -> None:
         waited, skipped = waited + time.perf_counter() - before, skipped + replaced
         done, last = start + n // args.accumulate + 1, n % args.accumulate == args.accumulate - 1
         batch = to_device(batch, ranks.device, master)
-        # DDP adds gradients up and sends them once; shards send each time, for nowhere is there room for the whole sum
+        # DDP sums gradients and sends them after the last forward pass; shards send each time: no rank has room for the sum
         with wrapped.no_sync() if wrapped is not objective and not last else nullcontext():
             with autocast:
                 losses = wrapped(batch)
@@ -721,7 +722,7 @@ def train(args) -> None:
                 "steps_per_s": round((done - start) / elapsed, 4),
                 "waiting_for_data": round(waited / elapsed, 4),
             }
-            log(record | {"skipped_samples": ranks.count_all(skipped)})
+            log(record | {"skipped_samples": ranks.total(skipped)})
             ranks.print(progress(args, ranks, record, losses, flops / elapsed))
             skipped = 0
         if args.eval_every and (done % args.eval_every == 0 or done == args.steps):
@@ -741,7 +742,7 @@ def report(args, done, objective, ema, shown, vae, ranks, autocast, dtype, log) 
             if shown.split == "test":
                 before = shown.skipped
                 value = held_out_loss(objective, shown, ranks, autocast, dtype)
-                log({"step": done, "held_out": value, "skipped_samples": ranks.count_all(shown.skipped - before)})
+                log({"step": done, "held_out": value, "skipped_samples": ranks.total(shown.skipped - before)})
                 ranks.print(f"stage {args.stage} | step {done}/{args.steps} | held-out denoise {value:.4f}")
             if vae:
                 strip = sample_strip(objective.model, vae, shown, ranks, autocast, dtype)

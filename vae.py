@@ -1,9 +1,9 @@
-"""The causal 3D VAE of CogVideoX1.5 (paper Sec. 3.1 and A.1; frozen there): 8x8 pixels and 4 frames become one latent.
+"""The causal 3D VAE of CogVideoX1.5 (paper Sec. 3.1 and A.1; frozen there): 8x8 pixels of 4 frames become one latent.
 
 Causal means that a convolution never looks at later frames: each sees its own frame and two before it. So a clip can be
 coded in chunks, each convolution keeping the last two frames of its input, with memory that does not grow with the
-clip. A chunk is 8 frames = 2 latents; the first has one more. Only GroupNorm looks at a whole chunk, so the size of
-the chunks is part of the model. Checked against diffusers' AutoencoderKLCogVideoX in `tests/test_parity.py`.
+clip. A chunk is 8 frames = 2 latent frames; a clip's first has one frame and one latent frame more. Only GroupNorm
+looks at a whole chunk, so the size of the chunks is part of the model. Checked against diffusers' AutoencoderKLCogVideoX in `tests/test_parity.py`.
 
 Video is (B, T, 3, H, W) in [-1, 1], T = 8k+1 (or 1); latents are (B, f, 16, h, w), f = (T-1)/4 + 1 odd, unscaled.
 Inside, tensors are (B, C, T, H, W) in channels-last memory, which makes the convolutions several times faster on CPUs
@@ -30,16 +30,16 @@ class VAEConfig:
 
     channels: tuple[int, ...]  # width of each level
     layers: int  # residual blocks per level of the encoder; the decoder has one more
-    latent_channels: int
     norm_groups: int
-    scaling_factor: float  # the network's latents are this times ours: about unit variance
+    scaling_factor: float  # the DiT sees the VAE's latents times this: about unit variance
+    latent_channels: int = 16
     norm_eps: float = 1e-6
 
 
 VAE_PRESETS = {
-    "cogvideox1.5": VAEConfig((128, 256, 256, 512), 3, 16, 32, 0.7),
-    "toy": VAEConfig((32, 32, 40, 48), 1, 16, 4, 1.0),
-    "tiny": VAEConfig((8, 8, 16, 16), 1, 16, 4, 0.7),
+    "cogvideox1.5": VAEConfig(channels=(128, 256, 256, 512), layers=3, norm_groups=32, scaling_factor=0.7),
+    "toy": VAEConfig(channels=(32, 32, 40, 48), layers=1, norm_groups=4, scaling_factor=1.0),
+    "tiny": VAEConfig(channels=(8, 8, 16, 16), layers=1, norm_groups=4, scaling_factor=0.7),
 }
 
 
@@ -53,7 +53,9 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, dim, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
-        past = [cache[self]] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would leave channels-last
+        past = (
+            [cache[self]] if self in cache else [x[:, :, :1]] * 2
+        )  # not expand: cat would then lose the channels-last layout
         x = torch.cat([*past, x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
@@ -72,7 +74,7 @@ def normalize(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) 
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's leaves channels-last memory on a GPU and takes up to seven times a convolution's time there."""
+    """Keeps the channels-last layout on a GPU; PyTorch's own loses it there, and takes up to seven times as long as a convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda or torch.is_grad_enabled():  # out= knows no gradients
@@ -109,7 +111,7 @@ class Norm(nn.Module):
         if z is None:
             return x
         y, b = self.conv_y(z), self.conv_b(z)
-        alone = x.shape[2] % 2  # a clip's first latent is one frame (maybe all of x), the others up to four
+        alone = x.shape[2] % 2  # a clip's first latent frame is one frame (maybe all of x), the others up to four
         for part in (slice(0, alone), slice(alone, None)):
             if x[:, :, part].shape[2]:
                 modulate_(x[:, :, part], y[:, :, part], b[:, :, part])
@@ -162,7 +164,7 @@ class Upsample(nn.Module):
         if self.time and x.shape[2] > 1:  # repeated after the convolution, which then runs on half the frames
             first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
             rest = F.interpolate(rest, scale_factor=(2.0, 1.0, 1.0))
-            x = torch.cat([first, rest], dim=2) if first.shape[2] else rest  # cat with nothing leaves channels-last
+            x = torch.cat([first, rest], dim=2) if first.shape[2] else rest  # cat with nothing loses channels-last
         return x
 
 
@@ -232,7 +234,7 @@ class Decoder(nn.Module):
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the first with one more: 9, 8, 8, ... frames, or 3, 2, 2, ... latents."""
+    """Lists of `size` items, the first with one more: 9, 8, 8, ... frames, or 3, 2, 2, ... latent frames."""
     items = iter(items)
     chunk = list(islice(items, size + 1))
     while chunk:
@@ -241,7 +243,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def tile_starts(size: int) -> list[int]:
-    """First latents of equal, evenly spread tiles: no thin tile at the border, whose GroupNorm would see next to nothing."""
+    """First rows (or columns) of equal, evenly spread tiles: no thin tile at the border, whose GroupNorm would see next to nothing."""
     count = -(-max(size - OVERLAP, 1) // (TILE - OVERLAP))
     return [round(i * (size - TILE) / max(count - 1, 1)) for i in range(count)] if size > TILE else [0]
 
@@ -310,7 +312,7 @@ class CausalVAE(nn.Module):
         return 60 * self.config.channels[1] * H * W * next(self.parameters()).element_size()
 
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """frames: (B, 3, H, W) each, 8k+1 (or 1) of them -> (mean, logvar) of 1 to 3 latents at a time, (B, f, 16, h, w)."""
+        """frames: (B, 3, H, W) each, 8k+1 (or 1) of them -> (mean, logvar) of 1 to 3 latent frames at a time, (B, f, 16, h, w)."""
         frames = iter(frames)
         first = next(frames, None)
         if first is None:

@@ -219,7 +219,7 @@ def test_offloaded_blocks_are_on_the_device_only_while_they_run(example):
     plain = dit(*inputs)
     homes = [p.data_ptr() for p in dit.blocks.parameters()]
     copies = []
-    placed = sample.place(args, dit, torch.device("cpu"), torch.float32)
+    placed = sample.move(args, dit, torch.device("cpu"), torch.float32)
     dit.blocks[0].register_forward_pre_hook(lambda block, _: copies.append(block))
     assert torch.equal(placed(*inputs), plain) and copies
     assert [p.data_ptr() for p in dit.blocks.parameters()] == homes
@@ -232,7 +232,7 @@ def test_offloaded_blocks_are_cast_when_they_run_and_wait_as_they_are_in_their_f
     half, waiting = (sample.random_weights(sample.DiT, sample.DIT_PRESETS["tiny"], torch.float32) for _ in range(2))
     x, cue = torch.randn(1, 2, 32, 4, 4), torch.randn(1, 2, 17, 4, 4)
     inputs = x, torch.tensor([5]), torch.randn(1, 3, 32), cue, cue
-    placed = sample.place(args, waiting, torch.device("cpu"), torch.bfloat16)
+    placed = sample.move(args, waiting, torch.device("cpu"), torch.bfloat16)
     assert torch.equal(placed(*inputs), half.bfloat16()(*inputs))
     assert next(waiting.blocks.parameters()).dtype == torch.float32
 
@@ -244,7 +244,7 @@ def test_blocks_are_offloaded_where_they_do_not_fit_unless_told(example, monkeyp
         monkeypatch.setattr(sample.budget, "capacity", lambda device, ranks: room)
         args = sample.parse_args(arguments(example, *extra))[1]
         dit = sample.random_weights(sample.DiT, sample.DIT_PRESETS["tiny"], torch.float32)
-        placed = sample.place(args, dit, torch.device(device), torch.float32)
+        placed = sample.move(args, dit, torch.device(device), torch.float32)
         assert str(placed.patch_embed.weight.device) == device
         return bool(dit.blocks[0]._forward_pre_hooks)
 

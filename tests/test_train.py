@@ -188,9 +188,9 @@ def test_the_vaes_losses_equal_the_page():
     video, noise = (
         torch.randn(2, 3, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
     )
-    losses = train.Coding(Copy())({"video": video, "noise": noise})
+    losses = train.Autoencoding(Copy())({"video": video, "noise": noise})
     assert "half" not in losses, "a decoder alone cannot make latents smooth"
-    losses = train.Coding(Copy())({"video": video.requires_grad_(), "noise": noise})
+    losses = train.Autoencoding(Copy())({"video": video.requires_grad_(), "noise": noise})
     video = video.detach()
     for b in range(2):
         e = np.exp(-0.5) * noise[b].numpy()

@@ -185,7 +185,7 @@ def test_decode_stream_needs_the_same_memory_for_any_number_of_frames(vae, small
 @pytest.mark.parametrize("height, width", [(64, 64), (96, 48)])
 def test_memory_says_what_decoding_takes(height, width):
     """Within 0.7 and 1 of what is said, which has room for the workspace of convolutions. Depth and shape as at full size."""
-    vae = CausalVAE(VAEConfig((16, 32, 32, 64), 3, 16, 8, 0.7)).eval()
+    vae = CausalVAE(VAEConfig((16, 32, 32, 64), layers=3, norm_groups=8, scaling_factor=0.7)).eval()
     latents = torch.randn(1, 5, 16, height // 8, width // 8)
     with torch.inference_mode():
         peak = peak_of(lambda: [None for _ in vae.decode_stream(latents)], latents)
