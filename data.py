@@ -171,7 +171,8 @@ def blank_runs(frames: int, generator: np.random.Generator) -> np.ndarray:
     return drop
 
 
-OWN_PLACE = cues.CueOptions(align="none")  # in training the driver stands where the reference does
+# Differs: A.2 aligns the masks of every driver. In training they are the clip's own, which stand where the reference does
+OWN_PLACE = cues.CueOptions(align="none")
 
 
 def cue_variant(body: tuple, face: tuple, k: int, generator, misalign: float, looks: cues.CueOptions) -> list:
@@ -202,12 +203,13 @@ def pseudo_latents(
     vae: CausalVAE, pairs: list[tuple], key: tuple, variants: int, looks=OWN_PLACE, misalign: float = 1.0
 ) -> dict[str, Tensor]:
     """P pairs of a body and a face video, each (frames, Track) -> pseudo_pose, pseudo_face, (P*K, f, 16, h, w)."""
-    pose, face = [], []
+    latents = []
     for p, pair in enumerate(pairs):
         for k in range(variants):
-            found = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), misalign, looks)
-            pose.append(found[0]), face.append(found[1])
-    return {"pseudo_pose": encode_means(vae, pose), "pseudo_face": encode_means(vae, face)}
+            pose, face, _, _ = cue_variant(*pair, k, keyed(*key, 1000 * (p + 1) + k), misalign, looks)
+            latents.append((encode_means(vae, pose[None]), encode_means(vae, face[None])))
+    pose, face = map(torch.cat, zip(*latents))
+    return {"pseudo_pose": pose, "pseudo_face": face}
 
 
 @torch.no_grad()
@@ -226,7 +228,7 @@ def encode_clip(
     """All that training will read of one clip (T, H, W, 3) uint8, T = 8k+1; the tensors of the module docstring.
 
     own: the clip's own pair of body and face, see `cue_variant`, whose frames may be the video's larger original;
-    pairs: those of other identities. A pseudo cue is misaligned (A.2) in every variant, the clip's own never. `key`
+    pairs: those of other identities. A pseudo cue may be misaligned (A.2) in every variant, the clip's own never. `key`
     seeds every draw. Paper silent: noise on the reference's pixels; as CogVideoX's.
     """
     variant = [cue_variant(*own, k, keyed(*key, k), 0, looks) for k in range(variants)]
@@ -406,7 +408,7 @@ class Clips:
     """A data folder as training samples. A sample depends only on (seed, step, its index in the global batch)."""
 
     def __init__(self, folder: Path, args, scale: float, split: str = "train"):
-        """scale: the VAE's scaling factor. The test split is read without dropouts and augmentation."""
+        """scale: the VAE's scaling factor. The test split is read without dropouts, with each cue's first variant."""
         path = folder / "clips.jsonl"
         if not path.is_file():
             raise FileNotFoundError(
@@ -527,7 +529,7 @@ class Clips:
         if args.stage == "2":
             sample["teacher_pose"], sample["teacher_face"] = cue("", 0)
             k = int(generator.integers(file.get_slice("pseudo_pose").get_shape()[0]))
-            k = k if self.training else k - k % variants  # each performer's first variant is without augmentation
+            k = k if self.training else k - k % variants  # the first of each performer
         sample["pose"], sample["face"] = cue("pseudo_" if args.stage == "2" else "", k)
         if drop_reference:  # slot 0's cues would still show her
             for name in ("pose", "face", "teacher_pose", "teacher_face"):
@@ -680,6 +682,8 @@ def main(argv=None):
         commands[args.command](args)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except torch.OutOfMemoryError as error:
+        parser.exit(2, f"{parser.prog}: {str(error).splitlines()[0]} Use a smaller --area or fewer --workers\n")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -53,8 +53,8 @@ class Schedule:
     def trail(self, steps: int) -> Iterator[tuple[int, float, float]]:
         """(step, its alpha_bar, the alpha_bar to go to), from step 999 down to the clean end, where alpha_bar is 1.
 
-        "Trailing" spacing, as released: the target is num_steps // steps lower. Where a count does not divide 1000
-        (7, 15, 24) that is not quite the next step visited, and the last target is alpha_bar[0] = 0.99915, not 1.
+        "Trailing" spacing, as released: the target is num_steps // steps lower. Where a count does not divide 1000 that
+        is not quite the next step visited, and for some counts (7, 15, 24) it ends at alpha_bar[0] = 0.99915, not at 1.
         """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"{steps} sampling steps: use 1 to {self.num_steps}")

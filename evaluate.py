@@ -156,7 +156,7 @@ def keypoint_consistency(driver: np.ndarray, generated: np.ndarray, diagonal: fl
 def remove_similarity(driver: np.ndarray, generated: np.ndarray) -> np.ndarray:
     """`generated` moved onto `driver`, (T, K, 3), by the one scale and shift a clip that make size and centre equal.
 
-    Over all shared points: scale^2 = sum |p - mean p|^2 / sum |q - mean q|^2. Another person's body has another size
+    Differs: A.4 compares the points as they are. Over all shared points: scale^2 = sum |p - mean p|^2 / sum |q - mean q|^2. Another person's body has another size
     and place, which is no error of the motion. Least squares would shrink one who moves otherwise to a point, and
     distances in her own pixels would be small where she is; points that are all one have no size to be given: NaN.
     """
@@ -259,7 +259,7 @@ def load_face(model: str | None) -> Callable:
 def load_body() -> Callable:
     """picture -> (None, joints (17, 3)) of the largest person, COCO's, by torchvision's Keypoint R-CNN.
 
-    All 0 where nobody is. Scores are 1 or 0: the network's are logits, which Detectron cuts at 2.
+    Differs: the paper's are DWPose's. All 0 where nobody is. Scores are 1 or 0: the network's are logits, which Detectron cuts at 2.
     """
     import torch
     from torchvision.models import detection

@@ -7,6 +7,8 @@ Two callables do the finding: segmenter(frame, previous mask or None) -> [Person
 import argparse
 import contextlib
 import io
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -167,6 +169,8 @@ def load_person_detector() -> Callable:
 class Sam:
     """The default segmenter: segment-anything ViT-B, prompted with a person box, one mask a box.
 
+    Differs: the paper's is Grounded SAM, whose boxes come from words; these come from torchvision's Faster R-CNN.
+
     Boxes come from the detector on every `every`-th frame, in between from the previous mask, grown by 10 %.
     """
 
@@ -212,12 +216,27 @@ def current_card() -> int:
     return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
+def fetched_pack(name: str) -> Path:
+    """The folder of insightface's model pack `name`, fetched once; renamed into place, for other ranks want it too."""
+    from insightface.utils.storage import ensure_available
+    home = Path("~/.insightface").expanduser()
+    folder = home / "models" / name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as root:
+            found = ensure_available("models", name, root)
+            with contextlib.suppress(OSError):                     # another rank was sooner
+                os.replace(found, folder)
+    return folder
+
+
 def load_insightface(path: Path, *modules: str):
     import onnxruntime
     from insightface.app import FaceAnalysis
     cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     card = [("CUDAExecutionProvider", {"device_id": current_card()})] if cuda else []
-    app = FaceAnalysis(str(path.resolve() if path.is_dir() else path), allowed_modules=list(modules),
+    folder = path if path.is_dir() else fetched_pack(str(path))
+    app = FaceAnalysis(str(folder.resolve()), allowed_modules=list(modules),
                        providers=[*card, "CPUExecutionProvider"])
     app.prepare(ctx_id=0 if cuda else -1, det_thresh=0.5, det_size=(640, 640))
     return app

@@ -399,7 +399,10 @@ def check_dit(path: Path, text_dim: int, location: str | None = None, face: str 
     face = "centered" if face == "inplace" else face  # in place or not is a matter of the data
     for name, value in {"location": location, "face": face}.items():
         if value and header.get(name, value) != value:
-            raise ValueError(f"{path} was trained with --{name} {header[name]}, not {value}: give the same")
+            raise ValueError(
+                f"{path} was trained with --{name} {header[name]}, not {value}: give the same (to sample.py: "
+                f"--{name}-cue {header[name]})"
+            )
     return header
 
 

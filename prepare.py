@@ -37,7 +37,7 @@ import cv2
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -151,18 +151,25 @@ def split_of(name: str, held_out: float) -> str:
 # ---- networks -------------------------------------------------------------------------------------------
 
 
-def load_frozen(backbone, preset, device, dtype) -> tuple[CausalVAE, Callable]:
-    """(VAE, a function from a prompt to its T5 states (L, D)); the presets have no tokenizer: null text."""
+def open_vae(backbone, preset, device, dtype) -> CausalVAE:
     if preset == "toy":
-        return load_weights(ASSETS / "toy-vae.safetensors", dtype)[0].to(device).eval(), lambda prompt: toy_text()
-    tokenizer = None
-    if preset == "tiny":
+        vae = load_weights(ASSETS / "toy-vae.safetensors")[0]
+    elif preset == "tiny":
         torch.manual_seed(0)
-        vae, t5 = CausalVAE(VAE_PRESETS["tiny"]), T5Encoder(T5_PRESETS["tiny"])
+        vae = CausalVAE(VAE_PRESETS["tiny"])
     else:
-        vae, t5 = load_vae(backbone, dtype), load_text_encoder(backbone, dtype)
-        tokenizer = load_tokenizer(backbone)
-    vae, t5 = vae.to(device, dtype).eval(), t5.to(device, dtype).eval()
+        vae = load_vae(backbone, dtype)
+    return vae.to(device, dtype).eval()
+
+
+def open_text_encoder(backbone, preset, device, dtype) -> Callable:
+    """A function from a prompt to its T5 states (L, D); the presets have no tokenizer: null text."""
+    if preset == "toy":
+        return lambda prompt: toy_text()
+    torch.manual_seed(1)
+    t5 = T5Encoder(T5_PRESETS["tiny"]) if preset == "tiny" else load_text_encoder(backbone, dtype)
+    tokenizer = None if preset == "tiny" else load_tokenizer(backbone)
+    t5 = t5.to(device, dtype).eval()
 
     @lru_cache(maxsize=8)
     @torch.inference_mode()
@@ -170,7 +177,7 @@ def load_frozen(backbone, preset, device, dtype) -> tuple[CausalVAE, Callable]:
         ids = tokenizer([prompt]) if tokenizer and prompt else empty_prompt()
         return t5(ids.to(device))[0].cpu()
 
-    return vae, encode_text
+    return encode_text
 
 
 def place(args) -> tuple[torch.device, torch.dtype]:
@@ -279,7 +286,7 @@ def prepare_clip(args, line: dict, piece: list[tuple], find: finder.Finder, vae,
     part = home / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    save_file(tensors, part / "cache")
+    save_cache(tensors, part / "cache")
     write_video(part / "clip.mp4", video, line["fps"], comment="a clip cut for training")
     track.save(part / "track.npz")
     (part / "clip.json").write_text(json.dumps(line) + "\n")
@@ -348,7 +355,8 @@ def prepare(args) -> None:
         (args.output / name).mkdir(parents=True, exist_ok=True)
     device = place(args)  # first: what follows goes to this rank's GPU
     find = make_finder(args)
-    vae, encode_text = load_frozen(args.backbone, args.preset, *device)
+    vae = open_vae(args.backbone, args.preset, *device)
+    encode_text = open_text_encoder(args.backbone, args.preset, *device)
     remember(args.output / "prepare.json", args, SHARED)  # not before: a folder need not keep a mistyped --backbone
     if rank == 0:
         save_cache({"text": encode_text("").to(torch.bfloat16)}, args.output / "null_text.safetensors")
@@ -548,7 +556,7 @@ def add_pseudo(args) -> None:
     listed = {kind: sorted(p for p in folder.iterdir() if p.suffix) for kind, folder in folders.items()}
     device = place(args)  # first: what follows goes to this rank's GPU
     find, embed = (None, None) if args.augment else (make_finder(args), load_recogniser(args))
-    vae, _ = load_frozen(settings["backbone"], settings["preset"], *device)
+    vae = open_vae(settings["backbone"], settings["preset"], *device)
     (clips, _, _), failed = assemble(args.data), 0
     mine = {kind: shares(paths, [line["id"] for line in clips]) for kind, paths in listed.items()}
     for line in tqdm(clips[rank::world], desc="add-pseudo", unit="clip", disable=rank > 0):

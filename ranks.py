@@ -39,7 +39,11 @@ class Ranks:
 
     def __init__(self, device: str | None):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
         if torch.cuda.is_available() and (device or "cuda").startswith("cuda"):
+            if self.here > torch.cuda.device_count():
+                raise ValueError(f"{self.here} ranks on a machine with {torch.cuda.device_count()} GPUs: give torchrun "
+                                 f"--nproc_per_node {torch.cuda.device_count()}, or train.py --device cpu")  # fmt: skip
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on another rank's card
         self.device, self.dtype, self.reason = pick_device(device)
         if self.device.type == "mps":
@@ -175,11 +179,20 @@ class Saver:
 
     Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only. In the background,
     training goes on with the GPU's weights while copies in host memory are written, one checkpoint at a time; the
-    ranks then talk in a process group of their own, beside the gradients.
+    ranks then talk in a process group of their own, beside the gradients. Where the host has no room for the copies,
+    training waits instead, unless --async-save says otherwise.
     """
 
-    def __init__(self, args, ranks: Ranks, background: bool):
+    def __init__(self, args, ranks: Ranks, model: nn.Module):
         self.args, self.ranks = args, ranks
+        background = args.async_save
+        if background is None and ranks.device.type == "cuda":
+            needed = copies_bytes(model, bool(args.ema), args.shard, ranks)
+            room = ranks.least(budget.capacity(torch.device("cpu"), 1))
+            background = room is None or needed <= room
+            if not background:
+                ranks.print(f"no --async-save: copies for a checkpoint would take {needed / budget.GIB:.0f} of "
+                            f"{room / budget.GIB:.0f} GiB of host memory")  # fmt: skip
         self.pool = ThreadPoolExecutor(1) if background else None
         self.group = dist.new_group(backend="gloo") if ranks.count > 1 else None
         self.pending: Future | None = None
@@ -244,6 +257,13 @@ class Saver:
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         return int(total)
+
+
+def copies_bytes(model: nn.Module, ema: bool, shard: str | None, ranks: Ranks) -> int:
+    """Host memory that copies for a checkpoint take on the first rank's machine: weights (and average) whole, once, and
+    every rank's moments: slices, or without sharding all of them."""
+    moments = 2 * ranks.here / (1 if shard in (None, "none") else ranks.count)
+    return round(4 * sum(p.numel() for p in model.parameters()) * (1 + ema + moments))
 
 
 def save_error(run: Path, model: nn.Module, ema: bool, failure: BaseException | None) -> str:

@@ -436,6 +436,7 @@ def animate(args) -> None:
         raise ValueError(f"{args.checkpoint} was trained with --ref-slot copy, where each window has a slot 0 of its own: at most "
                          f"{longest} frames, not {frames}")  # fmt: skip
     rows = driving_rows(args, source, track, reference, options)
+    find.cache_clear()  # the finder's networks have done their work
 
     text = encode_text(args, device, dtype)
     vae = open_vae(args, dtype, device, reference.shape[:2])

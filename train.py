@@ -108,7 +108,7 @@ def parse_args(argv=None):
     add("--log-every", type=natural, default=20, help="steps between log lines")
     add("--save-every", type=natural, default=500, help="steps between checkpoints")
     add("--async-save", action=argparse.BooleanOptionalAction,
-        help="go on training while a checkpoint is written from a copy in host memory (default: on GPUs)")
+        help="go on training while a checkpoint is written from a copy in host memory (default: on GPUs, if it has room)")
     add("--keep", type=int, default=2, help="checkpoints to keep, the newest; 0: all")
     add("--eval-every", type=int, default=500, help="steps between held-out losses, plots and sample strips; 0: never")
     args = parser.parse_args(argv)
@@ -198,9 +198,9 @@ def same2x(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Denoising(nn.Module):
-    """v-MSE, Eq. 8 in v-prediction, over all latents; with a teacher also Eq. 4. Losses are (B,).
+    """v-MSE over all latents; with a teacher also Eq. 4. Losses are (B,).
 
-    Paper silent: whether slot 0 counts; here it does. Paper silent: what the teacher sees. Here what the student sees, the
+    Differs: Eq. 8 predicts the noise; this predicts v, as CogVideoX1.5 does. Paper silent: whether slot 0 counts; here it does. Paper silent: what the teacher sees. Here what the student sees, the
     same noisy latents, step, text and reference, but the clip's own cues.
     """
 
@@ -526,7 +526,7 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
         return budget.memory(*state, master.itemsize, compute.itemsize)
 
     here = ranks.count, args.batch, args.checkpointing
-    room = ranks.least(budget.capacity(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    room = ranks.least(budget.capacity(ranks.device, ranks.here))
     needed = lambda *setting: sum(parts(*setting).values())  # noqa: E731
     if args.shard is None:
         modes = ("none", "optimizer", "full") if ranks.count > 1 else ("none",)
@@ -675,7 +675,7 @@ def train(args) -> None:
 
     run.mkdir(parents=True, exist_ok=True)
     start = load_checkpoint(newest, args, ranks, model, ema, optimizers) if newest else 0
-    saver = Saver(args, ranks, args.async_save if args.async_save is not None else ranks.device.type == "cuda")
+    saver = Saver(args, ranks, model)
     if ranks.rank == 0:
         data.write_text(run / "config.json", json.dumps(settings, indent=1))
         rewind_log(run, start)

@@ -801,6 +801,27 @@ def test_detail_of_a_real_frame_falls_by_the_filters_own_curve(assets):
     assert 0 < np.square(after[above]).sum() < 0.15 * np.square(before[above]).sum()
 
 
+def test_a_model_pack_is_fetched_once_whole_whatever_other_ranks_do(tmp_path, monkeypatch):
+    """insightface writes where it looks: a rank that comes later would find half of it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder, fetched = tmp_path / ".insightface/models/pack", []
+
+    def fetch(sub, name, root):
+        made = Path(root) / sub / name
+        made.mkdir(parents=True)
+        assert not folder.exists()
+        (made / "a.onnx").write_text(str(len(fetched)))
+        fetched.append(root)
+        if len(fetched) == 1:
+            assert finder.fetched_pack(name) == folder                 # another rank, meanwhile
+        return str(made)
+
+    monkeypatch.setattr("insightface.utils.storage.ensure_available", fetch)
+    assert finder.fetched_pack("pack") == folder and finder.fetched_pack("pack") == folder
+    assert (folder / "a.onnx").read_text() == "1" and len(fetched) == 2
+    assert [p.name for p in folder.parents[1].iterdir()] == ["models"], "nothing is left beside it"
+
+
 @pytest.mark.parametrize("name", ["face", "yunet_n_640_640.onnx"])
 def test_a_face_that_fills_the_frame_is_found_unless_the_last_one_was_small(assets, name):
     """Detectors miss faces larger than their anchors; a margin brings them back, but also faces in hair."""

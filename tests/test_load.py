@@ -633,5 +633,5 @@ def test_a_model_gets_the_cues_that_it_was_trained_with(tmp_path):
     assert check_dit(tmp_path / "hard.safetensors", width, "hard", "none")["location"] == "hard"
     with pytest.raises(ValueError, match="was trained with --location hard, not soft"):
         check_dit(tmp_path / "hard.safetensors", width, "soft", "none")
-    with pytest.raises(ValueError, match="was trained with --face none, not centered"):
+    with pytest.raises(ValueError, match=r"was trained with --face none, not centered.*sample.py: --face-cue none"):
         check_dit(tmp_path / "hard.safetensors", width, "hard", "inplace")

@@ -94,6 +94,17 @@ def lines_of(path):
 # ---- prepare -------------------------------------------------------------------------------------------------------
 
 
+def test_a_full_disk_is_said_in_a_sentence(world, tmp_path, monkeypatch):
+    """safetensors' own error is no OSError."""
+
+    def full(*args, **kwargs):
+        raise data.SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(data, "save_file", full)
+    code, _, err = prepared(world, tmp_path / "data")
+    assert code == 2 and "cannot be written (No space left" in err and "Traceback" not in err
+
+
 def test_the_tiktok_data_set_is_split_as_in_the_paper():
     """1-334 train, 335-340 test, whatever --held-out says; other names are held out by their hash alone."""
     splits = {n: prepare.split_of(f"{n:05d}", 1.0) for n in range(1, 341)}

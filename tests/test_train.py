@@ -518,6 +518,29 @@ def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(folder,
     assert [p.name for p in checkpoints(behind)] == ["step-0000003", "step-0000006"]
 
 
+@pytest.mark.parametrize("shard, count, GiB", [("none", 4, 1 + 8), ("full", 4, 1 + 2), ("none", 1, 1 + 2)])
+def test_copies_for_a_checkpoint_are_made_where_the_host_has_room(shard, count, GiB, monkeypatch, tmp_path, capsys):
+    """Weights once, moments on each rank: with less room training waits for the disk, and says so."""
+    model = torch.nn.Linear(2**14, 2**14, bias=False, device="meta")  # 1 GiB in float32
+    here = SimpleNamespace(here=count, count=count, rank=0, device=torch.device("cuda"), least=lambda n: n, print=print)
+    args = SimpleNamespace(async_save=None, ema=0.0, shard=shard)
+    assert ranks.copies_bytes(model, False, shard, here) == GiB * 2**30
+    assert ranks.copies_bytes(model, True, shard, here) == (GiB + 1) * 2**30
+    monkeypatch.setattr(ranks.dist, "new_group", lambda backend: None)
+    for room, background in ((GiB * 2**30, True), (GiB * 2**30 - 1, False)):
+        monkeypatch.setattr(ranks.budget, "capacity", lambda device, ranks_here, room=room: room)
+        assert (ranks.Saver(args, here, model).pool is not None) == background
+        assert (f"would take {GiB} of {GiB} GiB of host memory" in capsys.readouterr().out) != background
+
+
+def test_more_ranks_than_gpus_are_refused_in_words(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="4 ranks on a machine with 2 GPUs: give torchrun --nproc_per_node 2"):
+        ranks.Ranks(None)
+
+
 def test_a_disk_that_fills_in_the_background_is_said_too(folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
