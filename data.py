@@ -529,7 +529,7 @@ class Clips:
         if args.stage == "2":
             sample["teacher_pose"], sample["teacher_face"] = cue("", 0)
             k = int(generator.integers(file.get_slice("pseudo_pose").get_shape()[0]))
-            k = k if self.training else k - k % variants  # the first of each performer
+            k = k if self.training else k - k % variants  # the first of each pseudo driver
         sample["pose"], sample["face"] = cue("pseudo_" if args.stage == "2" else "", k)
         if drop_reference:  # slot 0's cues would still show her
             for name in ("pose", "face", "teacher_pose", "teacher_face"):
@@ -660,8 +660,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--joint-noise", type=float, default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="Table 3: S2 inplace")
     add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
-    add("--pseudo-faults", type=float, default=0.0, help="share of pseudo performers who do another motion (Table 6: no filter)")
-    add("--pseudo-people", type=natural, help="how many people all pseudo performers are; default: one a clip (Table 6: single source)")
+    add("--pseudo-faults", type=float, default=0.0, help="share of pseudo drivers who do another motion (Table 6: no filter)")
+    add("--pseudo-people", type=natural, help="how many people all pseudo drivers are; default: one a clip (Table 6: single source)")
     workers = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()  # each takes half a GB of the GPU
     add("--workers", type=natural, default=workers, help="processes that draw and encode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
