@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import write_text
-from video import HelpFormatter, natural
+from video import Parser, natural
 
 README = Path(__file__).parent / "README.md"
 
@@ -221,12 +221,6 @@ def execute(work: Path, target: Path, command: list) -> None:
 # ---- the ledger ----------------------------------------------------------------------------------------------------
 
 
-def seed_of(path: Path, name: str) -> int | None:
-    """k of results/NAME-k.json; None for the result of another row, as S5-2px-0 is for S5."""
-    seed = path.stem[len(name) + 1 :]
-    return int(seed) if seed.isdigit() else None
-
-
 def read_result(path: Path) -> dict:
     try:
         result = json.loads(path.read_text())
@@ -239,22 +233,19 @@ def read_result(path: Path) -> dict:
 
 def read_results(folder: Path) -> dict[str, dict[int, dict]]:
     """results/ROW-SEED.json -> {row: {seed: result}}, in the order of ROWS."""
-    found = {}
-    for name in ROWS:
-        paths = {seed_of(path, name): path for path in folder.glob(f"{name}-*.json")}
-        if seeds := {seed: path for seed, path in paths.items() if seed is not None}:
-            found[name] = {seed: read_result(path) for seed, path in sorted(seeds.items())}
+    found = {name: {} for name in ROWS}
+    for path in folder.glob("*-*.json"):
+        name, _, seed = path.stem.rpartition("-")
+        if name in ROWS and seed.isdigit():
+            found[name][int(seed)] = read_result(path)
+    found = {name: dict(sorted(row.items())) for name, row in found.items() if row}
     if not found:
         raise ValueError(f"{folder}: no results there; make some with: python ablate.py run")
     made = {}
     for name, row in found.items():
         for seed, result in row.items():
-            settings = (
-                result["pairs"],
-                result["sampling_steps"],
-                result["training"]["steps"],
-                result["training"]["batch"],
-            )
+            training = result["training"]
+            settings = result["pairs"], result["sampling_steps"], training["steps"], training["batch"]
             made.setdefault(settings, f"{name}-{seed}.json")
     if len(made) > 1:
         raise ValueError(
@@ -456,11 +447,10 @@ def tabulate(args) -> None:
 
 
 # fmt: off
-def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    show = HelpFormatter
-    parser = argparse.ArgumentParser(prog="ablate.py", description=__doc__.split("\n")[0], formatter_class=show)
+def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(__doc__, prog="ablate.py")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("run", help="train and judge rows of the paper's tables", formatter_class=show).add_argument
+    add = commands.add_parser("run", help="train and judge rows of the paper's tables").add_argument
     add("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     add("--seeds", type=natural, default=3, help="trainings of each row")
     add("--steps", type=natural, nargs=2, default=(1000, 800), metavar=("FIRST", "SECOND"), help="steps of stage 1 and 2")
@@ -474,11 +464,9 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--work", type=Path, default=Path("runs/ablate"), help="folder for data and runs")
     add("--results", type=Path, default=Path("results"), help="folder for the numbers")
     add("--quick", action="store_true", help=f"does it run? 4 steps, 8 clips, 2 pairs, seed 0, of {', '.join(QUICK)} if no row is given")
-    add = commands.add_parser("table", help="the ledger and the figures, from results", formatter_class=show).add_argument
+    add = commands.add_parser("table", help="the ledger and the figures, from results").add_argument
     add("--results", type=Path, default=Path("results"), help="folder of the numbers, and for the figures")
     add("--readme", type=Path, default=README, help="page whose ledger is replaced")
-    for command in (parser, *commands.choices.values()):
-        command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     return parser, parser.parse_args(argv)
 # fmt: on
 

@@ -36,14 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import budget
 import cues
-import finder
 import toy
-from data import write_text
+from data import toy_finder, write_text
 from load_cogvideox import add_cues, dit_name, vae_name
 from machine import keep_freed_memory, pick_device
 from model import DIT_PRESETS, OFS, DiT, DiTConfig
 from vae import VAE_PRESETS, CausalVAE, VAEConfig
-from video import HelpFormatter, check_output
+from video import Parser, check_output, natural
 
 BF16, CPU, MIB = torch.bfloat16, torch.device("cpu"), 2**20
 AUTOCAST = "bfloat16 autocast over float32"
@@ -298,16 +297,15 @@ def loop(frames: list, length: int) -> Iterator:
 def scene(side: int, length: int) -> tuple[dict, Callable]:
     """(a drawn reference and its cues; a function that streams the cues of a drawn clip, given its masks)."""
     other, clip = toy.render(3, 4, frames=1, size=side), toy.render(1, 2, frames=9, size=side)
-    own, masks = ([finder.paint_mask(*pair) for pair in zip(c.body, c.face)] for c in (other, clip))
-    reference = other.video[0]
+    own, find, reference = toy_finder(other), toy_finder(clip), other.video[0]
 
     def make() -> Iterator[tuple]:
-        find = finder.Finder(masks=loop(masks, length), reference_mask=own[0])
-        track = cues.analyse(loop(clip.video, length), reference, find)
+        masked = replace(own, masks=loop(find.masks, length))
+        track = cues.analyse(loop(clip.video, length), reference, masked)
         return cues.render(loop(clip.video, length), track)
 
-    find = finder.Finder(masks=own, reference_mask=own[0])
-    return {"reference": reference, "own": list(cues.extract(other.video, reference, find).frames())}, make
+    rows = cues.render(other.video, cues.analyse(other.video, reference, own))
+    return {"reference": reference, "own": list(rows)}, make
 
 
 def count(items) -> int:
@@ -625,7 +623,7 @@ def offloaded(vae: CausalVAE, dit: DiT, given: dict, device, words: str) -> dict
 
     args, log = sample.parse_args(["--preset", "tiny", "--offload"])[1], []
     cold, before = copy.deepcopy(dit).to("cpu"), torch.cuda.memory_allocated() - sum(p.nbytes for p in vae.parameters())
-    sample.place(args, cold, device, BF16)
+    sample.move(args, cold, device, BF16)
     here = torch.cuda.memory_allocated() - before
     gib = (here + peak(our_pipeline(vae, cold, given, 2, device, log), device)) / 2**30
     what = f"--offload: peak over {OFFLOAD_GIB} GiB (aim: at most 1)"
@@ -677,18 +675,15 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def main(argv=None) -> None:
-    shown = HelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=shown)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("part", nargs="?", choices=[*PARTS, "all"], default="all", help="what to measure")
     add("--size", choices=["full", "small"], default="full", help="small: tiny networks, to see that it runs")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if present, else cpu")
-    add("--repeat", type=int, default=5, help="timed runs of each side, after one that is not timed")
+    add("--repeat", type=natural, default=5, help="timed runs of each side, after one that is not timed")
     add("-o", "--output", type=Path, help="also write the rows to this JSON file")
     args = parser.parse_args(argv)
     try:
-        if args.repeat < 1:
-            raise ValueError(f"--repeat {args.repeat}: give at least 1; a median wants 5")
         if args.output:
             check_output(args.output, suffixes=(".json",))
         measure(args)

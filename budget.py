@@ -8,7 +8,6 @@ everything that lives from step to step. What lives within a step (gathered weig
 tensors that autograd keeps; `tests/test_budget.py` compares both with real ones.
 """
 
-import argparse
 import math
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from model import DIT_PRESETS, DiT, DiTConfig
+from video import Parser
 
 GIB = 2**30
 PEAK = {  # dense bfloat16 FLOP/s, by a part of the GPU's name; the first that fits counts
@@ -88,8 +88,8 @@ def state_bytes(config: DiTConfig, ranks: int, shard: str, ema: bool, teacher_de
     return parts
 
 
-def working_bytes(config, shard, ranks, video, text, batch, checkpointing, master=4, compute=2) -> dict:
-    """What lives within a step, at its fullest moment: the backward pass through one block.
+def memory(config, ranks, shard, ema, teacher_depth, video, text, batch, checkpointing, master=4, compute=2) -> dict:
+    """Bytes on the fullest rank by part, at a step's fullest moment: the backward pass through one block.
 
     Weights in the compute dtype: `full` has two blocks at a time (one runs, the next is on its way), the others all.
     A gradient is whole for a block or two before it is cut and sent. Of each block its input is kept; of the one that
@@ -97,7 +97,8 @@ def working_bytes(config, shard, ranks, video, text, batch, checkpointing, maste
     """
     everything, block = numbers(config), numbers(config, prefix="blocks.0.")
     gathered = (everything - (config.depth - 2) * block) if shard == "full" else everything
-    parts = {"weights in compute dtype": compute * gathered if compute != master or shard != "none" else 0}
+    parts = state_bytes(config, ranks, shard, ema, teacher_depth, master, compute)
+    parts["weights in compute dtype"] = compute * gathered if compute != master or shard != "none" else 0
     if shard != "none":
         parts["gradients on their way"] = (compute + master) * block
     S, D = video + text, config.dim
@@ -105,12 +106,6 @@ def working_bytes(config, shard, ranks, video, text, batch, checkpointing, maste
     inside = batch * D * (KEPT_TOKEN * S + (KEPT_CUE * video if config.cue_channels else 0))
     parts["activations"] = compute * (config.depth * streams + inside if checkpointing else config.depth * inside)
     return parts
-
-
-def memory(config, ranks, shard, ema, teacher_depth, video, text, batch, checkpointing, master=4, compute=2) -> dict:
-    """Bytes on the fullest rank by part."""
-    working = working_bytes(config, shard, ranks, video, text, batch, checkpointing, master, compute)
-    return state_bytes(config, ranks, shard, ema, teacher_depth, master, compute) | working
 
 
 def sampling_bytes(config: DiTConfig, video: int, text: int, branches: int, compute=2) -> int:
@@ -161,8 +156,8 @@ def peak_flops(name: str) -> float | None:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
-def table(config: DiTConfig, video: int, text: int, align_depth: int, gpu: str = "H100") -> str:
-    """Markdown: GiB a rank and expected seconds a step for both stages, batch 1 a rank, checkpointing."""
+def table(config: DiTConfig, video: int, text: int, align_depth: int) -> str:
+    """Markdown: GiB a rank and expected seconds a step on an H100 for both stages, batch 1 a rank, checkpointing."""
     lines = [
         "| GPUs | --shard | stage 1, GiB | stage 2, GiB | samples a step | s a step, stage 1 | stage 2 |",
         "|---" * 7 + "|",
@@ -174,25 +169,19 @@ def table(config: DiTConfig, video: int, text: int, align_depth: int, gpu: str =
                 parts = memory(config, ranks, shard, False, depth, video, text, 1, True)
                 row.append(f"{sum(parts.values()) / GIB:.1f}")
             row.append(str(ranks))
-            row += [f"{step_flops(config, video, text, 1, d) / (PEAK[gpu] * MFU):.1f}" for d in (0, align_depth)]
+            row += [f"{step_flops(config, video, text, 1, d) / (PEAK['H100'] * MFU):.1f}" for d in (0, align_depth)]
             lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", choices=list(DIT_PRESETS), default="cogvideox1.5-5b")
-    parser.add_argument("--gpu", choices=list(PEAK), default="H100")
-    args = parser.parse_args()
-    config, slots, side, text, depth = DIT_PRESETS[args.preset], 14, 64, 226, 10
-    if args.preset != "cogvideox1.5-5b":
-        slots, side, text, depth = 6, 12, 4, 1
-    video = tokens(config, slots, side, side)
+    Parser(__doc__).parse_args()
+    config, text = DIT_PRESETS["cogvideox1.5-5b"], 226
+    video = tokens(config, 14, 64, 64)
+    flops = forward_flops(config, video, text) / 1e12
     print(f"{numbers(config):,} parameters; {video:,} video and {text} text tokens a sample;")
-    print(
-        f"forward {forward_flops(config, video, text) / 1e12:,.2f} TFLOP; times at {MFU:.0%} of one {args.gpu}'s bfloat16 peak\n"
-    )
-    print(table(config, video, text, depth, args.gpu))
+    print(f"forward {flops:,.2f} TFLOP; times at {MFU:.0%} of one H100's bfloat16 peak\n")
+    print(table(config, video, text, 10))
 
 
 if __name__ == "__main__":

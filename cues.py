@@ -12,7 +12,6 @@ finder.py does the finding. Boxes are (x0, y0, x1, y1) in pixel centres, as in a
 """
 
 import argparse
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
@@ -26,7 +25,7 @@ import finder
 from align import ALIGN_MODES, PLAUSIBLE_SCALE, align, centre, height, resized, tight_box, transform, warp
 from align import without_strays
 from finder import Finder, pixels
-from video import HelpFormatter, Video, check_output, cover, letterbox, letterbox_box, output_size
+from video import Parser, Video, atomic, check_output, cover, letterbox, letterbox_box, output_size
 from video import read_image, resize, write_image, write_video
 
 FILTERS = {"gaussian": lambda r2: np.exp(-r2 / 2), "butterworth": lambda r2: 1 / (1 + r2 ** 4),
@@ -202,7 +201,6 @@ def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
 class Track:
     """What pass 1 knows of a clip of T frames; coordinates in pixels of the canvas: the reference's size."""
     canvas: tuple[int, int]
-    source: tuple[int, int]        # height, width of the native frames
     masks: list[bytes]             # T person masks on the canvas, bits packed, zlib: about 1.5 kB each
     body_boxes: np.ndarray         # (T, 4), NaN = nobody
     face_boxes: np.ndarray         # (T, 4) as detected, short gaps filled, NaN = no face
@@ -236,13 +234,8 @@ class Track:
         """One .npz without pickles, written to a temporary name, then renamed."""
         ends = np.cumsum([len(mask) for mask in self.masks])
         parts = vars(self) | {"masks": np.frombuffer(b"".join(self.masks), np.uint8), "ends": ends}
-        part = Path(f"{path}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, **parts)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic(Path(path), ".npz") as part, open(part, "wb") as file:
+            np.savez(file, **parts)
 
     @classmethod
     def load(cls, path: str | Path) -> "Track":
@@ -250,7 +243,7 @@ class Track:
             parts = dict(file)
         data, ends = parts.pop("masks").tobytes(), parts.pop("ends").tolist()
         parts["masks"] = [data[start:end] for start, end in zip([0, *ends], ends)]
-        for name, kind in (("canvas", tuple), ("source", tuple), ("scale", float), ("warnings", list)):
+        for name, kind in (("canvas", tuple), ("scale", float), ("warnings", list)):
             parts[name] = kind(parts[name].tolist())
         return cls(**parts)
 
@@ -295,14 +288,14 @@ def analyse(source: Iterable[np.ndarray], reference: np.ndarray, find: Finder,
         bodies.append(body)
         faces.append(to_canvas(face, frame.shape, canvas))
         scores.append((person.predicted_iou, person.stability, mask.sum(), overlap))
-        last_mask, last_colour, source_size = mask, colour, frame.shape[:2]
+        last_mask, last_colour = mask, colour
     if not masks:
         raise ValueError("the driving video has no frames")
     scores, face_boxes = np.array(scores, float), fill_gaps(np.array(faces))
     area = np.where(scores[:, 2] > 0, scores[:, 2], np.nan)
     scores[:, 2] = [n / np.nanmedian(area[max(0, k - 15):k + 16]) if n > 0 else 0 for k, n in enumerate(area)]
     scores[:, 3] = np.maximum(scores[:, 3], np.append(scores[1:, 3], 0))
-    track = Track(canvas, source_size, masks, np.array(bodies), face_boxes, face_squares(face_boxes), scores,
+    track = Track(canvas, masks, np.array(bodies), face_boxes, face_squares(face_boxes), scores,
                   np.ones(len(masks), bool), own_box)
     rejected = faults(track, options)
     track.accepted = ~np.any(list(rejected.values()), 0)
@@ -391,10 +384,6 @@ class Cues:
     face: np.ndarray               # (T, 3, H, W)
     body_mask: np.ndarray          # (T, 1, H, W)
     face_mask: np.ndarray          # (T, 1, H, W)
-
-    def frames(self) -> Iterator[tuple]:
-        """As `render` streams them."""
-        return zip(self.pose, self.face, self.body_mask, self.face_mask)
 
 
 def extract(frames, reference: np.ndarray, find: Finder, options: CueOptions = CueOptions()) -> Cues:
@@ -585,10 +574,9 @@ def preview(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     command = parser.add_subparsers(required=True, metavar="preview").add_parser(
-        "preview", formatter_class=HelpFormatter,
-        help="draw all cues of a clip, for a person to judge")
+        "preview", help="draw all cues of a clip, for a person to judge")
     command.add_argument("reference", type=Path, help="picture of the person to animate")
     command.add_argument("drive", type=Path, nargs="+", help="driving videos, or folders of numbered frames")
     command.add_argument("-o", "--output", type=Path, default="sheet.png",
@@ -598,7 +586,6 @@ def main() -> None:
     command.add_argument("--area", type=int, default=512 * 512,
                          help="pixels of the canvas, which has the reference's aspect")
     add_arguments(command)
-    command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see preview --help)\n")
     args = parser.parse_args()
     try:
         previews(args)

@@ -48,7 +48,7 @@ from align import misalignment
 from load_cogvideox import load_weights, read_header
 from machine import keep_freed_memory, pick_device
 from vae import CausalVAE, chunks
-from video import HelpFormatter, natural, write_image, write_video
+from video import Parser, natural, write_image, write_video
 
 # Paper silent: the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
 IMAGE_LATENT_SCALE = 1.0
@@ -642,14 +642,13 @@ def prefetched(make: Callable[[int], object], count: int, workers: int = 0) -> I
 
 
 # fmt: off
-def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     import prepare  # real data; it imports this file
 
-    show = HelpFormatter
-    parser = argparse.ArgumentParser(prog="data.py", description=__doc__.split("\n")[0], formatter_class=show)
+    parser = Parser(__doc__, prog="data.py")
     commands = parser.add_subparsers(dest="command", required=True)
     prepare.add_commands(commands)
-    add = commands.add_parser("toy", help="cache clips of the drawn world", formatter_class=show).add_argument
+    add = commands.add_parser("toy", help="cache clips of the drawn world").add_argument
     add("-o", "--output", type=Path, default=Path("runs/toy-data"), help="data folder to make or extend")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")
     add("--clips", type=natural, default=500, help="training clips")
@@ -665,10 +664,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     workers = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()  # each takes half a GB of the GPU
     add("--workers", type=natural, default=workers, help="processes that draw and encode")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
-    add = commands.add_parser("example", help="draw the example that README uses", formatter_class=show).add_argument
+    add = commands.add_parser("example", help="draw the example that README uses").add_argument
     add("-o", "--output", type=Path, default=ASSETS, help="folder to write to")
-    for command in (parser, *commands.choices.values()):
-        command.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
     return parser, parser.parse_args(argv)
 # fmt: on
 

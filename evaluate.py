@@ -18,7 +18,6 @@ import contextlib
 import difflib
 import io
 import json
-import os
 import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ import numpy as np
 
 from cues import to_canvas
 from finder import brief, load_insightface, read_mask
-from video import PICTURES, Video, check_output, read_image, resize
+from video import PICTURES, Parser, Video, atomic, check_output, read_image, resize
 
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 KIND = {"plc": "body", "flc": "face"}  # whose points each compares
@@ -564,9 +563,8 @@ def save(result: dict, path: Path) -> None:
     """Strict JSON, which has neither NaN nor inf: they become null (the clip lacks the number) and "inf"."""
     text = json.dumps(result, default=str)
     plain = json.loads(text, parse_constant=lambda name: None if name == "NaN" else "inf")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(plain, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(part, path)
+    with atomic(path, ".json") as part:
+        part.write_text(json.dumps(plain, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def check_flags(args) -> None:
@@ -621,9 +619,8 @@ def metric_names(text: str) -> list[str]:
     return text.split(",")
 
 
-def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(__doc__, formatter_class=argparse.HelpFormatter)
     add = lambda *names, **about: parser.add_argument(*names, **about)
     path = {"type": Path, "metavar": "PATH"}
     add("generated", type=Path, help="video, folder of numbered frames, or folder of such clips")

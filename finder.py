@@ -80,7 +80,7 @@ class PersonNet:
                 self.run = lambda x: (net.setInput(x), net.forward())[1]
             else:
                 import onnxruntime as ort
-                session = ort.InferenceSession(str(path), providers=ort.get_available_providers())
+                session = ort.InferenceSession(str(path), providers=providers())
                 entry = session.get_inputs()[0]
                 self.size = tuple(n if isinstance(n, int) else 256 for n in entry.shape[2:])
                 self.run = lambda x: session.run(None, {entry.name: x})[0]
@@ -210,10 +210,13 @@ def load_yunet(path: Path) -> Callable:
     return detect
 
 
-def current_card() -> int:
-    """The GPU of this process: torchrun's ranks have one each."""
+def providers() -> list:
+    """onnxruntime's, on the GPU of this process: torchrun's ranks have one each."""
+    import onnxruntime
     import torch
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+    card = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return [("CUDAExecutionProvider", {"device_id": card})] * cuda + ["CPUExecutionProvider"]
 
 
 def fetched_pack(name: str) -> Path:
@@ -231,14 +234,10 @@ def fetched_pack(name: str) -> Path:
 
 
 def load_insightface(path: Path, *modules: str):
-    import onnxruntime
     from insightface.app import FaceAnalysis
-    cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    card = [("CUDAExecutionProvider", {"device_id": current_card()})] if cuda else []
-    folder = path if path.is_dir() else fetched_pack(str(path))
-    app = FaceAnalysis(str(folder.resolve()), allowed_modules=list(modules),
-                       providers=[*card, "CPUExecutionProvider"])
-    app.prepare(ctx_id=0 if cuda else -1, det_thresh=0.5, det_size=(640, 640))
+    folder, found = path if path.is_dir() else fetched_pack(str(path)), providers()
+    app = FaceAnalysis(str(folder.resolve()), allowed_modules=list(modules), providers=found)
+    app.prepare(ctx_id=0 if len(found) > 1 else -1, det_thresh=0.5, det_size=(640, 640))
     return app
 
 

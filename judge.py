@@ -49,11 +49,11 @@ from data import (
     window_inputs,
 )
 from diffusion import Schedule, ddim, dpm_solver, windows
-from evaluate import masked_l1, masked_psnr, save
+from evaluate import masked_l1, masked_psnr, mean, save
 from load_cogvideox import check_dit, load_weights
 from machine import device_name, pick_device
 from vae import VAE_PRESETS
-from video import HelpFormatter, check_output, natural, write_gif, write_image
+from video import Parser, check_output, natural, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
 FRAMES = 17  # of a window of 5 latents
@@ -200,7 +200,7 @@ def measure(pair: Pair, video: np.ndarray) -> dict:
     return {
         "masked_l1": float(np.mean(errors)),
         "masked_psnr": float(np.mean([masked_psnr(*frame) for frame in frames])),
-        "face_l1": float(np.mean(faces)) if faces else np.nan,
+        "face_l1": mean(faces),
         "joint_error": joint_errors(pair.truth, video),
         "identity": float(nearest_person(video, pair) == 0),
         **leaks(pair, video),
@@ -211,8 +211,7 @@ def measure(pair: Pair, video: np.ndarray) -> dict:
 
 def summary(rows: list[dict]) -> dict:
     """Means over clips; of the joint error the median over all joints of all clips; of the drift also its standard error."""
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0] if name != "joint_error"}
-    means = {name: float(np.mean(c[~np.isnan(c)])) if not np.isnan(c).all() else np.nan for name, c in columns.items()}
+    means = {name: mean([row[name] for row in rows]) for name in rows[0] if name != "joint_error"}
     if "drift" in means and len(rows) > 1:
         means["drift_error"] = float(np.std([row["drift"] for row in rows], ddof=1) / len(rows) ** 0.5)
     return means | {"joint_error": float(np.median(np.concatenate([row["joint_error"] for row in rows])))}
@@ -308,17 +307,9 @@ def score(args) -> dict:
                 shown += zip(pairs, videos)
     answers = {name: summary(values) for name, values in rows.items() if values}
     result = {name: header.get(name) for name in ("stage", "step")} | {"checkpoint": args.checkpoint.name}
-    result |= {
-        "pairs": args.pairs,
-        "frames": args.frames,
-        "sampler": args.sampler,
-        "sampling_steps": args.steps,
-        "degrade": args.degrade,
-        "strength": args.strength,
-        "place": args.place,
-        "soften_cell": args.soften_cell,
-        "machine": device_name(device),
-    }
+    kept = "pairs", "frames", "sampler", "degrade", "strength", "place", "soften_cell"
+    result |= {name: getattr(args, name) for name in kept}
+    result |= {"sampling_steps": args.steps, "machine": device_name(device)}
     result |= {"answers": answers, "training": history(args.checkpoint)}
     print(table(answers))
     if args.output:
@@ -331,16 +322,15 @@ def score(args) -> dict:
 
 def check_looks(args) -> None:
     """ValueError if a run's data has other cues than the flags say: it would be judged by a task it never saw."""
-    if not (args.checkpoint / "config.json").is_file():
-        return
-    looks = Path(json.loads((args.checkpoint / "config.json").read_text())["data"]) / "toy.json"
+    config = args.checkpoint / "config.json"
+    looks = Path(json.loads(config.read_text())["data"]) / "toy.json" if config.is_file() else config
     if not looks.is_file():
         return
     trained = json.loads(looks.read_text())
-    for name, value in ((name, trained[name]) for name in ("pose_cue", "joint_noise", "face_cue")):
-        if getattr(args, name) != value:
+    for name in ("pose_cue", "joint_noise", "face_cue"):
+        if getattr(args, name) != trained[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {getattr(args, name)}: {args.checkpoint} was trained with {flag} {value}")
+            raise ValueError(f"{flag} {getattr(args, name)}: {args.checkpoint} was trained with {flag} {trained[name]}")
 
 
 def history(checkpoint: Path) -> dict:
@@ -383,10 +373,8 @@ def table(answers: dict[str, dict]) -> str:
 
 
 # fmt: off
-def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    show = HelpFormatter
-    parser = argparse.ArgumentParser(prog="judge.py", description=__doc__.split("\n")[0], formatter_class=show)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser(__doc__, prog="judge.py")
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", default=ASSETS / "toy.safetensors", help="run folder or weights file of stage 1 or 2")
     add("--vae", type=Path, default=ASSETS / "toy-vae.safetensors", help="weights of the drawn world's VAE")

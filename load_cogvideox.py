@@ -7,7 +7,6 @@ so that loading needs no second copy of the model; a block may straddle two shar
     python load_cogvideox.py DIR        # check a copy of CogVideoX1.5-5B-I2V: every key, every shape, no weights read
 """
 
-import argparse
 import difflib
 import json
 import os
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from model import DiT, DiTConfig
 from text import T5Config, T5Encoder, Tokenizer
 from vae import CausalVAE, VAEConfig
+from video import Parser
 
 FORMAT = 1  # of our own weights files
 KINDS = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
@@ -416,7 +416,7 @@ def load_weights(
     """
     path = newest_weights(Path(path))
     if path.suffix in (".pt", ".pth"):
-        if config is None:
+        if not isinstance(config, DiTConfig):
             raise ValueError(f"{path}: does not say how large its network is; give a .safetensors file or a run folder")
         return load_state_dict(path, dtype, config, depth), {}
     header = read_header(path)
@@ -494,7 +494,7 @@ def check(folder: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape.")
+    parser = Parser("Check a local copy of CogVideoX1.5-5B-I2V: every key, every shape.")
     parser.add_argument("folder", type=Path, help="the folder with transformer/, vae/, text_encoder/ and tokenizer/")
     args = parser.parse_args()
     try:

@@ -50,7 +50,7 @@ from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_wei
 from machine import pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
-from video import PICTURES, HelpFormatter, Video, letterbox, natural, output_size, resize, write_image
+from video import PICTURES, Video, letterbox, natural, output_size, resize, write_image
 from video import write_video
 
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height of the buckets
@@ -197,17 +197,14 @@ def make_finder(args) -> finder.Finder:
     return finder.Finder(face_finder=finder.load_face_finder(args.face_model) if args.face_model else None)
 
 
-def replay(track: cues.Track, stretch: float = 1.0, x0: float = 0.0) -> Callable:
-    """A finder that has seen the clip already, for frames of the track's canvas; it sees people and faces
-    `stretch` times as wide about the column x0."""
-    matrix = np.float64([[stretch, 0, (1 - stretch) * x0], [0, 1, 0]])
+def replay(track: cues.Track, matrix: np.ndarray) -> Callable:
+    """A finder that has seen the clip already, for frames of the track's canvas that `matrix` (2, 3) stretched sideways."""
+    stretch, _, shift = matrix[0]
 
     def find(frames: Iterable[np.ndarray]) -> Iterator[tuple]:
         for index, frame in enumerate(frames):
-            mask, box = track.mask(index), track.face_boxes[index]
-            if stretch != 1:
-                mask = cv2.warpAffine(np.uint8(mask), matrix, track.canvas[::-1], flags=cv2.INTER_NEAREST) > 0
-                box = np.where([1, 0, 1, 0], stretch * box + (1 - stretch) * x0, box)
+            mask = cv2.warpAffine(np.uint8(track.mask(index)), matrix, track.canvas[::-1], flags=cv2.INTER_NEAREST) > 0
+            box = track.face_boxes[index] * [stretch, 1, stretch, 1] + [shift, 0, shift, 0]
             yield frame, finder.Person(mask, *track.scores[index, :2]), box
 
     return find
@@ -300,17 +297,15 @@ def prepare_clip(args, line: dict, piece: list[tuple], find: finder.Finder, vae,
 def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> None:
     """Every clip of one video that is not there yet; what cannot be used is named with its reason."""
 
+    record = lambda id: args.output / "cues" / id / "clip.json"
+
     def skip(id: str, reason: str) -> None:
         tqdm.write(f"skipped {id}: {reason}", file=sys.stderr)
-        home = args.output / "cues" / id
-        home.mkdir(parents=True, exist_ok=True)
-        write_text(
-            home / "clip.json",
-            json.dumps({"id": id, "video": str(source), "volume": volume(source), "skipped": reason}) + "\n",
-        )
+        record(id).parent.mkdir(parents=True, exist_ok=True)
+        line = {"id": id, "video": str(source), "volume": volume(source), "skipped": reason}
+        write_text(record(id), json.dumps(line) + "\n")
 
     stream = read_pieces(args, name, source)
-    record = lambda id: args.output / "cues" / id / "clip.json"
     while not (record(name).exists() and "skipped" in json.loads(record(name).read_text())):  # it could not be read
         try:
             start, fps, fresh, piece = next(stream)
@@ -474,7 +469,7 @@ def augmented(own: tuple, generator: np.random.Generator) -> tuple[list, cues.Tr
     matrix, size = np.float64([[stretch, 0, (1 - stretch) * x0], [0, 1, 0]]), track.canvas[::-1]
     warped = (cv2.warpAffine(frame, matrix, size, borderMode=cv2.BORDER_REPLICATE) for frame in frames)
     frames = [cv2.LUT(frame, table)[..., order] for frame in warped]
-    return frames, cues.analyse(frames, frames[0], replay(track, stretch, x0), OWN_PLACE)
+    return frames, cues.analyse(frames, frames[0], replay(track, matrix), OWN_PLACE)
 
 
 def find_pairs(args, files: dict[str, list[Path]], own: tuple, find, embed) -> tuple[list, list, list]:
@@ -679,9 +674,8 @@ def check(args) -> None:
 
 # fmt: off
 def add_commands(commands) -> None:
-    formatter = HelpFormatter
     masks = "masks for each video, one a frame, under its name"
-    command = commands.add_parser("prepare", help="cut, cue and cache real videos", formatter_class=formatter)
+    command = commands.add_parser("prepare", help="cut, cue and cache real videos")
     add = command.add_argument
     add("videos", type=Path, nargs="+", metavar="VIDEOS", help="videos, folders of frames, folders of both")
     add("-o", "--output", type=Path, required=True, help="data folder to make or extend")
@@ -699,7 +693,7 @@ def add_commands(commands) -> None:
     add_device(add)
     finder.add_arguments(command, "folder with " + masks)
 
-    command = commands.add_parser("add-pseudo", help="cues of other identities", formatter_class=formatter)
+    command = commands.add_parser("add-pseudo", help="cues of other identities")
     add = command.add_argument
     add("data", type=Path, metavar="DATA", help="folder that data.py prepare made")
     add("--body", type=Path, metavar="DIR", help="ID*.mp4: others move as in videos/ID.mp4 (StableAnimator)")
@@ -712,7 +706,7 @@ def add_commands(commands) -> None:
     add_device(add)
     finder.add_arguments(command, "folder with body/ and face/, in each " + masks)
 
-    command = commands.add_parser("check", help="verify a data folder", formatter_class=formatter)
+    command = commands.add_parser("check", help="verify a data folder")
     add = command.add_argument
     add("data", type=Path, metavar="DATA", help="data folder")
     add("-o", "--output", type=Path, help="contact sheet; DATA/sheet.png, if not given")

@@ -31,11 +31,9 @@ EXAMPLE = {  # what is animated when nothing is given
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import cues
-    from video import HelpFormatter, natural
+    from video import Parser, natural
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=HelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("reference", type=Path, nargs="?", help="picture of the person to animate (default: a drawn one)")
     add("drive", type=Path, nargs="?", help="video, or folder of numbered frames, whose motion is followed")

@@ -69,9 +69,9 @@ class Tokenizer:
         return [i for part in parts for i in ([marks[part]] if part in marks else self.model.encode(part))]
 
 
-def empty_prompt(batch: int = 1, length: int = TEXT_LENGTH) -> Tensor:
-    """Token ids of "", (B, length): known without a tokenizer. Their T5 states are the null text of guidance and dropout."""
-    return torch.tensor([[EOS] + [PAD] * (length - 1)]).repeat(batch, 1)
+def empty_prompt() -> Tensor:
+    """Token ids of "", (1, 226): known without a tokenizer. Their T5 states are the null text of guidance and dropout."""
+    return torch.tensor([[EOS] + [PAD] * (TEXT_LENGTH - 1)])
 
 
 class RMSNorm(nn.Module):

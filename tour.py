@@ -7,7 +7,6 @@ The pictures of the batch are drawn and its cues are real; the networks run on t
 numbers: the 5B model needs no memory. Equations are the paper's.
 """
 
-import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from data import OWN_PLACE, image_condition, pool_masks
 from model import DIT_PRESETS, DiT, patchify
 from train import same2x
 from vae import VAE_PRESETS, CausalVAE
+from video import Parser
 
 HERE = Path(__file__).parent
 MARKS = "<!-- shapes: python tour.py --write -->", "<!-- end of shapes -->"
@@ -123,7 +123,7 @@ def refreshed(page: str) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--write", action="store_true", help="into README.md instead of the screen")
     if parser.parse_args().write:
         data.write_text(HERE / "README.md", refreshed((HERE / "README.md").read_text()))

@@ -16,7 +16,6 @@ World: x right, y up, z towards the viewer, ground at y = 0; one unit is the hei
 Image: x right, y down, z towards the viewer, in pixels; (0, 0) is the centre of the top left pixel.
 Left and right are the person's own; angles are in degrees. T frames, P cones, N painted pixels, J joints.
 """
-import argparse
 import colorsys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from video import HelpFormatter, write_gif, write_image, write_video
+from video import Parser, check_output, write_gif, write_image, write_video
 
 FPS = 24
 DRAWN = "AI-generated: drawn figures"
@@ -789,23 +788,19 @@ def contact_sheet(people: list[int], motions: list[int], size: int, frames: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=HelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("-o", "--output", type=Path, default="toy.png", help=".png; .gif and .mp4 move")
     parser.add_argument("--size", type=int, default=96, help="side of each picture, a multiple of 16")
     parser.add_argument("--people", type=int, nargs="+", default=[*range(6)], help="identity seeds: rows")
     parser.add_argument("--motions", type=int, nargs="+", default=[2, 3, 8, 15], help="motion seeds: columns")
     args = parser.parse_args()
     kind = args.output.suffix.lower()
-    if kind not in (".png", ".gif", ".mp4"):
-        parser.error(f"cannot write {args.output}: choose a name that ends in .png, .gif or .mp4")
-    if not args.output.parent.is_dir():
-        parser.error(f"cannot write {args.output}: there is no folder {args.output.parent}")
     still = kind == ".png"
     try:
+        check_output(args.output, suffixes=(".png", ".gif", ".mp4"))
         sheet = contact_sheet(args.people, args.motions, args.size, 25 if still else 48, still)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     if still:
         write_image(args.output, sheet[0], comment=DRAWN)
     if kind == ".gif":

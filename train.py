@@ -47,17 +47,15 @@ READ_BY = dict.fromkeys(("s2x_weight", "align_depth", "init"), "2") | dict.fromk
 
 
 def parse_args(argv=None):
-    from video import HelpFormatter, natural  # no torch: --help answers at once
+    from video import Parser, natural  # no torch: --help answers at once
 
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults")
     first.add_argument("--stage", choices=STAGES, default="1", help="see above")
     known, _ = first.parse_known_args(argv)
     default, stage = DEFAULTS[known.preset], STAGES.index(known.stage)
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first],
-                                     formatter_class=HelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message} (see --help)\n")
+    parser = Parser(__doc__, parents=[first])
     add = parser.add_argument
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
     add("--data", type=Path, default=TOY_DATA, help="data folder made by data.py; the toy's is drawn when missing")

@@ -278,6 +278,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Describes itself by a docstring's first line; a mistake ends in one sentence. So do the parsers of its commands."""
+
+    def __init__(self, doc: str = "", **options):
+        super().__init__(**{"description": doc.split("\n")[0], "formatter_class": HelpFormatter} | options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
 def natural(text: str) -> int:
     """The type of a flag that counts something."""
     if not text.isdecimal() or int(text) < 1:
@@ -302,7 +312,7 @@ def check_output(path: str | Path, *inputs: str | Path,
 
 
 @contextlib.contextmanager
-def _atomic(path: Path, *suffixes: str) -> Iterator[Path]:
+def atomic(path: Path, *suffixes: str) -> Iterator[Path]:
     """A temporary file beside `path`: renamed to it when whole, removed on any exception, Ctrl-C included."""
     check_output(path, suffixes=suffixes)
     part = path.absolute().with_name(f"{path.name}.{os.getpid()}.part")
@@ -316,7 +326,7 @@ def _atomic(path: Path, *suffixes: str) -> Iterator[Path]:
 def write_image(path: str | Path, image: np.ndarray, comment: str = COMMENT) -> None:
     """(H, W, 3) uint8 RGB -> PNG with `comment` in a tEXt chunk, or JPEG of quality 95."""
     path = Path(path)
-    with _atomic(path, *PICTURES) as part:
+    with atomic(path, *PICTURES) as part:
         bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
         data = cv2.imencode(path.suffix.lower(), bgr)[1].tobytes()      # cv2's own JPEG quality is 95
         if path.suffix.lower() == ".png":
@@ -331,7 +341,7 @@ def write_gif(path: str | Path, frames: Iterable[np.ndarray], fps: float, commen
     animation = cv2.Animation()
     animation.frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2BGR) for frame in frames]
     animation.durations = [round(1000 / fps)] * len(animation.frames)
-    with _atomic(Path(path), ".gif") as part:
+    with atomic(Path(path), ".gif") as part:
         dither = [cv2.IMWRITE_GIF_DITHER, cv2.IMWRITE_GIF_FAST_FLOYD_DITHER]      # the default is three times as far off
         data = cv2.imencodeanimation(".gif", animation, dither)[1].tobytes()
         text = comment.encode("latin-1", "replace")[:255]
@@ -374,7 +384,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float | Fra
     audio: a file whose first sound is kept, cut where the pictures end.
     """
     path, rate, count = Path(path), Fraction(fps).limit_denominator(1001), 0
-    with _atomic(path, ".mp4") as part, av.open(str(part), "w", "mp4", {"movflags": "faststart"}) as sink:
+    with atomic(path, ".mp4") as part, av.open(str(part), "w", "mp4", {"movflags": "faststart"}) as sink:
         sink.metadata["comment"] = comment
         options = {"crf": "17"}
         if cv2.checkHardwareSupport(AVX512_SKX):    # x264's AVX-512 code reads past small frames: equal pictures

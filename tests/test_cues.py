@@ -770,7 +770,7 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(files, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, files, *arguments)
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert stop.value.code == 2 and sentence in error and error.startswith("cues.py: ")
+    assert stop.value.code == 2 and sentence in error and error.startswith("cues.py")
     assert not list(files.glob("sheet*"))
 
 

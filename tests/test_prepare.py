@@ -433,11 +433,13 @@ def test_replayed_tracks_are_the_tracks(folder):
     """What is found once in native pixels is what encode_clip sees; stretched, the boxes follow the masks."""
     track = cues.Track.load(folder / "cues" / "dance_000000" / "track.npz")
     frames = list(Video(folder / "videos" / "dance_000000.mp4"))
-    again = cues.analyse(frames, frames[0], prepare.replay(track), prepare.OWN_PLACE)
+    again = cues.analyse(frames, frames[0], prepare.replay(track, np.eye(2, 3)), prepare.OWN_PLACE)
     assert again.masks == track.masks
     for name in ("body_boxes", "face_boxes", "face_squares", "scores", "accepted"):
         assert np.array_equal(getattr(again, name), getattr(track, name), equal_nan=True), name
-    wide = cues.analyse(frames, frames[0], prepare.replay(track, 1.25, 32.0), prepare.OWN_PLACE)
+    wide = cues.analyse(
+        frames, frames[0], prepare.replay(track, np.float64([[1.25, 0, -8], [0, 1, 0]])), prepare.OWN_PLACE
+    )
     whole = (wide.body_boxes[:, 0] > 0) & (wide.body_boxes[:, 2] < 63)
     sides = lambda t: (t.body_boxes[:, 2] - t.body_boxes[:, 0])[whole]
     assert whole.any() and np.allclose(sides(wide) / sides(track), 1.25, atol=0.1)

@@ -392,8 +392,8 @@ def test_command_writes_a_sheet_that_can_be_read_back(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message",
-                         [(["-o", "toy.bmp"], ".png, .gif or .mp4"), (["--size", "90"], "96 x 96"),
-                          (["-o", "nowhere/toy.png"], "no folder nowhere")])
+                         [(["-o", "toy.bmp"], "must end in .png or .gif or .mp4"), (["--size", "90"], "96 x 96"),
+                          (["-o", "nowhere/toy.png"], "the folder nowhere")])
 def test_command_refuses_mistakes_in_one_sentence(arguments, message, tmp_path):
     """User mistakes end with exit code 2 and no traceback"""
     command = [sys.executable, toy.__file__, *arguments]

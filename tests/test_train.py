@@ -729,7 +729,7 @@ def planned(folder, run, *flags, room=None, count=4, peak=None, monkeypatch=None
     said, clips = [], train.data.Clips(folder, args, 0.7)
     monkeypatch.setattr(train.budget, "capacity", lambda device, ranks_here: room)
     stub = SimpleNamespace(
-        count=count, device=torch.device("cpu"), least=lambda n: n, peak=lambda: peak, print=said.append
+        count=count, here=1, device=torch.device("cpu"), least=lambda n: n, peak=lambda: peak, print=said.append
     )
     train.plan(args, clips, stub, torch.float32, torch.float32)
     return args.shard, "\n".join(said)
