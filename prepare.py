@@ -635,7 +635,7 @@ def sheet_row(folder: Path, line: dict) -> np.ndarray:
     video = folder / "videos" / f"{line['id']}.mp4"
     latent = len(tensors["mean"]) // 2
     body, face = (np.unpackbits(tensors[name][4 * latent].numpy(), -1) for name in ("body", "face_mask"))
-    cells = {line["id"]: next(iter(Video(video, start=4 * latent)))} if video.exists() else {}
+    cells = {line["id"]: next(islice(Video(video), 4 * latent, None))} if video.exists() else {}
     cells[f"latent {latent}"] = latent_picture(tensors["mean"][latent])
     cells["masks"] = np.where(face[..., None], cues.AMBER, body[..., None] * cues.TEAL).astype(np.uint8)
     for name in ("pose", "face", "pseudo_pose", "pseudo_face"):

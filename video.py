@@ -145,9 +145,8 @@ class Video:
 
     Each iteration opens the file anew and yields every frame once, in display order, in constant memory.
     Where the file is corrupt, or truncated if it has an index as mp4 has, ValueError follows the last whole
-    frame. With `fps`, frame k is the source frame nearest to k / fps seconds, repeated if need be. `start`
-    and `stop` slice the result; what lies before `start` is still decoded. A folder has no clock: `fps`, or
-    25, is its rate, and every frame is kept.
+    frame. With `fps`, frame k is the source frame nearest to k / fps seconds, repeated if need be. A folder has
+    no clock: `fps`, or 25, is its rate, and every frame is kept.
 
     path: Path. has_audio: bool. height, width: in pixels, upright and square.
     fps: Fraction, of the frames yielded; where durations vary it is the mean, so that sound stays in step.
@@ -155,13 +154,10 @@ class Video:
     frames (VP8).
     """
 
-    def __init__(self, path: str | Path, fps: float | Fraction | None = None,
-                 start: int = 0, stop: int | None = None):
+    def __init__(self, path: str | Path, fps: float | Fraction | None = None):
         if fps is not None and not 0 < fps < math.inf:
             raise ValueError(f"fps={fps}: give a finite rate above 0, such as 24")
-        if start < 0 or stop is not None and stop <= start:
-            raise ValueError(f"start={start}, stop={stop} keep no frame: give 0 <= start < stop")
-        self.path, self._slice = Path(path), (start, stop)
+        self.path = Path(path)
         self._files = _numbered(self.path) if self.path.is_dir() else None
         self._pick = fps is not None and not self._files
         if self._files:
@@ -171,14 +167,11 @@ class Video:
             first = self._probe()
         self.height, self.width = first.shape[:2]
         self.fps = Fraction(fps or self._rate).limit_denominator(1001)
-        self._picks = math.ceil(self.total / self._rate * self.fps) if self._pick else self.total
-        self.frames = len(range(self._picks)[start:stop])
-        if not self.frames:
-            raise ValueError(f"start={start}: {path} has {self._picks} frames; use at most {self._picks - 1}")
+        self.frames = math.ceil(self.total / self._rate * self.fps) if self._pick else self.total
 
     def __iter__(self) -> Iterator[np.ndarray]:
         if self._files:
-            for file in self._files[slice(*self._slice)]:
+            for file in self._files:
                 image = read_image(file)
                 if image.shape != (self.height, self.width, 3):
                     raise ValueError(f"{file} is {image.shape[1]}x{image.shape[0]}, {self._files[0].name} is "
@@ -186,8 +179,7 @@ class Video:
                 yield image
             return
         with contextlib.closing(self._decode()) as frames:      # even if the consumer stops early
-            picked = self._nearest(frames) if self._pick else frames
-            for frame in itertools.islice(picked, *self._slice):
+            for frame in self._nearest(frames) if self._pick else frames:
                 yield _upright_rgb(frame, *self._size)
 
     def _track(self, container: av.container.InputContainer) -> av.VideoStream:
@@ -266,7 +258,7 @@ class Video:
                 yield last
                 k += 1
             last, last_time = frame, time
-        yield from itertools.repeat(last, self._picks - k)
+        yield from itertools.repeat(last, self.frames - k)
 
 
 # ---- Writing ----

@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -38,7 +39,7 @@ def save_frames(folder, frames):
 @pytest.fixture(scope="module")
 def dance(assets):
     """8 frames of a real clip, 24 frames/s, at 288 rows."""
-    frames = [resize(f, 288, 176) for f in Video(assets / "video/steadydancer_00002.mp4", stop=8)]
+    frames = [resize(f, 288, 176) for f in islice(Video(assets / "video/steadydancer_00002.mp4"), 8)]
     return np.stack(frames)
 
 
@@ -360,7 +361,7 @@ def test_pictures_rank_the_same_clip_then_its_neighbour_then_blur_and_noise(danc
 
 def test_faces_rank_the_same_person_above_another_and_her_own_motion_above_another(assets, face):
     """FIS: own clip above a stranger's. FTS: one person above two in turn. FLC: next frame before a later."""
-    near = [resize(f, 240, 240) for f in Video(assets / "video/liveportrait_d18.mp4", stop=21)]
+    near = [resize(f, 240, 240) for f in islice(Video(assets / "video/liveportrait_d18.mp4"), 21)]
     other = resize(read_image(assets / "image/dynamictrl_person1.jpg"), 240, 180)
     looks = {k: face(near[k]) for k in (0, 1, 2, 20)}
     stranger = face(other)[0]
@@ -371,7 +372,7 @@ def test_faces_rank_the_same_person_above_another_and_her_own_motion_above_anoth
     at = lambda *frames: np.stack([looks[k][1] for k in frames])
     same, next_frame, later = (evaluate.keypoint_consistency(at(0), at(k)) for k in (0, 1, 20))
     assert same == 0 < next_frame < later
-    another = [resize(f, 240, 240) for f in Video(assets / "video/liveportrait_s13.mp4", stop=3)]
+    another = [resize(f, 240, 240) for f in islice(Video(assets / "video/liveportrait_s13.mp4"), 3)]
     moving = np.stack([face(f)[1] for f in another])
     assert evaluate.point_rows(at(0, 1, 2), moving, (240, 240), (240, 240), True)[""] > next_frame, "another motion"
 

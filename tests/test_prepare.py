@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from itertools import islice
 
 import av
 import cv2
@@ -579,7 +580,7 @@ def test_a_real_clip_with_real_networks(assets, tmp_path):
     nets = ["--segmenter", weights / "selfie_segmentation.tflite", "--face-model", weights / "face"]
     small = ["--preset", "tiny", "--frames", 17, "--max-frames", 17, "--area", 256 * 256, "--variants", 2]
     video = tmp_path / "dancer.mp4"
-    write_video(video, Video(assets / "video" / "liveportrait_s13.mp4", stop=36), 25)
+    write_video(video, islice(Video(assets / "video" / "liveportrait_s13.mp4"), 36), 25)
     code, _, err = run("prepare", video, "-o", data, *small, *nets, "--device", "cpu")
     assert code == 0, err
     (clip,) = lines_of(data / "clips.jsonl")
@@ -602,7 +603,7 @@ def test_two_real_clips_are_learned_by_heart_in_both_stages(assets, tmp_path):
     videos, folder, weights = tmp_path / "in", tmp_path / "data", assets / "weights"
     videos.mkdir()
     for name in ("steadydancer_00002", "musepose_dance"):
-        write_video(videos / f"{name}.mp4", Video(assets / "video" / f"{name}.mp4", stop=50), 24)
+        write_video(videos / f"{name}.mp4", islice(Video(assets / "video" / f"{name}.mp4"), 50), 24)
     nets = ["--segmenter", weights / "selfie_segmentation.tflite", "--face-model", weights / "yunet_n_640_640.onnx"]
     small = ["--preset", "toy", "--frames", 17, "--max-frames", 25, "--area", 96 * 96, "--variants", 1, "--fps", 12]
     assert run("prepare", videos, "-o", folder, *small, *nets, "--device", "cpu")[0] == 0
