@@ -41,9 +41,11 @@ DEFAULTS = {  # a tuple: one value a stage. Of the 5B model steps, lr and D are 
     "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=(1e-3,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(2,) * 4, align_depth=1, ema=0.9, cooldown=0.3,
                  checkpointing=False, window=5, vae_preset="tiny"),
 }
-READ_BY = dict.fromkeys(("s2x_weight", "align_depth", "init"), "2") | dict.fromkeys(
-    ("cue_injection", "cue_lr", "location", "face", "ref_slot"), "12") | dict.fromkeys(
-    ("data", "vae", "shard", "compile", "checkpointing", "noise_shift", "window"), "012")
+READ_BY = {  # stages: flags that no other stage reads
+    "2": ("s2x_weight", "align_depth", "init"),
+    "12": ("cue_injection", "cue_lr", "location", "face", "ref_slot"),
+    "012": ("data", "vae", "shard", "compile", "checkpointing", "noise_shift", "window"),
+}
 
 
 def parse_args(argv=None):
@@ -116,7 +118,7 @@ def parse_args(argv=None):
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
     if (args.stage == "2") != (args.teacher is not None):
         parser.error("--stage 2 needs --teacher, a stage-1 run folder or weights file; the other stages take none")
-    for name, stages in READ_BY.items():
+    for stages, name in ((stages, name) for stages, names in READ_BY.items() for name in names):
         if getattr(args, name) != parser.get_default(name) and args.stage not in stages:
             flag = {"s2x_weight": "lambda"}.get(name, name.replace("_", "-"))
             parser.error(f"--{flag} is read by stage {' and '.join(stages)} only: drop it")
