@@ -15,6 +15,7 @@ import argparse
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -68,6 +69,13 @@ READ_BY_ANALYSE = "align", "min_iou", "min_stability", "max_area_jump", "min_ove
 
 # ---- Pose Cue: low-pass in the frequency domain (Fig. 7) ----
 
+@lru_cache(maxsize=4)                                             # else 3/4 of the filter's time
+def filter_gain(rows: int, columns: int, cutoff: float, kind: str, dtype: np.dtype) -> np.ndarray:
+    """The filter on the grid of a DCT, (rows, columns), by the radius in fractions of Nyquist."""
+    radius2 = (np.arange(rows)[:, None] / rows) ** 2 + (np.arange(columns) / columns) ** 2
+    return FILTERS[kind](radius2 / cutoff ** 2).astype(dtype)
+
+
 def low_pass(gray: np.ndarray, cutoff: float, kind: str = "gaussian") -> np.ndarray:
     """(H, W) float, both even -> the same, low-passed; nothing is clipped.
 
@@ -75,9 +83,7 @@ def low_pass(gray: np.ndarray, cutoff: float, kind: str = "gaussian") -> np.ndar
     bleed into the sky. The mean stays, no coefficient grows. Paper silent: a Gaussian, exp(-r^2 / 2 cutoff^2),
     which cannot ring; 0.12 is a blur of sigma 2.65 pixels.
     """
-    rows, columns = gray.shape
-    radius2 = (np.arange(rows)[:, None] / rows) ** 2 + (np.arange(columns) / columns) ** 2     # of Nyquist
-    return cv2.idct(cv2.dct(gray) * FILTERS[kind](radius2 / cutoff ** 2).astype(gray.dtype))
+    return cv2.idct(cv2.dct(gray) * filter_gain(*gray.shape, cutoff, kind, gray.dtype))
 
 
 def pose_cue(frame, mask, options: CueOptions, misalign=(1.0, (0, 0))) -> np.ndarray:
@@ -129,7 +135,7 @@ def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 
 
 def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
     """(T, 4), NaN = no face. Interpolates gaps of up to `longest` frames; longer ones and both ends stay NaN.
-    So does a gap between two profiles (narrower than 0.62 of their height): there the head has turned away:
+    So does a gap between two profiles (narrower than 0.62 of their height), where the head has turned away and
     nothing was missed. Paper silent.
     """
     boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))

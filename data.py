@@ -344,8 +344,7 @@ def remember(path: Path, args, names: Iterable[str]) -> None:
     write_text(path, json.dumps(settings) + "\n")
 
 
-TOY_SHARED = ("vae", "variants", "refs", "pose_cue", "joint_noise", "face_cue", "misalign", "pseudo_faults")
-TOY_SHARED += ("pseudo_people",)
+TOY_SHARED = "vae variants refs pose_cue joint_noise face_cue misalign pseudo_faults pseudo_people".split()
 
 
 def draw_share(args, numbers: list[int], done) -> None:

@@ -225,9 +225,10 @@ def fetched_pack(name: str) -> Path:
     home = Path("~/.insightface").expanduser()
     folder = home / "models" / name
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        home.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as root:
             found = ensure_available("models", name, root)
+            folder.parent.mkdir(exist_ok=True)
             with contextlib.suppress(OSError):                     # another rank was sooner
                 os.replace(found, folder)
     return folder

@@ -194,9 +194,8 @@ def measure(pair: Pair, video: np.ndarray) -> dict:
     masks = [cv2.dilate(body.astype(np.uint8), np.ones((5, 5), np.uint8)) for body in pair.truth.body]
     frames = list(zip(video, pair.truth.video, masks))
     errors = [masked_l1(*frame) for frame in frames]
-    faces = [
-        masked_l1(*frame) for frame in zip(video, pair.truth.video, pair.truth.face) if frame[2].sum() >= 9
-    ]  # of less no face is seen
+    # of fewer than 9 pixels no face is seen
+    faces = [masked_l1(*frame) for frame in zip(video, pair.truth.video, pair.truth.face) if frame[2].sum() >= 9]
     return {
         "masked_l1": float(np.mean(errors)),
         "masked_psnr": float(np.mean([masked_psnr(*frame) for frame in frames])),

@@ -152,6 +152,7 @@ def split_of(name: str, held_out: float) -> str:
 
 
 def open_vae(backbone, preset, device, dtype) -> CausalVAE:
+    """The VAE of a backbone, or of a preset: the drawn world's, or random weights."""
     if preset == "toy":
         vae = load_weights(ASSETS / "toy-vae.safetensors")[0]
     elif preset == "tiny":
