@@ -8,12 +8,13 @@ pseudo drivers, place from the clip). Truth is A performing the motion: a drawn 
 
     masked L1, masked PSNR   over A's silhouette, two pixels wider; gray levels, dB
     face L1                  over A's visible face; gray levels
-    joint error              how many pixels what surrounds a visible joint is away from its true place: see `locate`
+    joint error              the patch around each visible joint, searched in the output: its distance from the true
+                             place in pixels; see `locate`
     identity                 of 16 people, A and B among them: are the silhouette's colours nearest to A's?
     leaks                    how much of B's colours, texture and outline is in the output: see `leaks`
     seam                     change between frames where two latent frames meet, divided by the change elsewhere. Windows of
-                             long clips (--frames 497) meet there too: their joins cannot be seen if the number is that of
-                             17 frames, which are one window
+                             long clips (--frames 497) meet at such places too: their joins are invisible if the number
+                             equals that of 17 frames, which are one window
     drift                    of long clips: what masked L1 gains in 100 frames, and its standard error
 
 The trivial answers they are compared with: A's picture standing still, and the driver's own frames.
@@ -65,6 +66,7 @@ class Pair(NamedTuple):
     still: toy.Clip  # one frame of A, the reference
     truth: toy.Clip  # A performs the motion
     driver: toy.Clip  # B performs it
+    seen: toy.Clip  # the same as the model is shown it, degraded in the rows of A.6
     others: list[toy.Clip]  # 14 more who do, a few frames of each
 
     @property
@@ -74,7 +76,7 @@ class Pair(NamedTuple):
 
 
 def reference_moment(length: int) -> int:
-    """The reference's frame: after a short clip; amid a long one, so that neither its start nor its end is nearer to it."""
+    """The reference's frame: after a short clip; in the middle of a long one, equally far from its start and end."""
     return 32 if length == FRAMES else length // 2
 
 
@@ -85,11 +87,12 @@ def draw_pair(number: int, degrade: str = "none", strength: float = 0.0, length:
     frames = lambda k: length if k < 2 else 3  # noqa: E731
     people = [toy.render(FIRST + 10_000 * k + number, seed, frames=frames(k), size=TOY_SIZE) for k in range(PEOPLE)]
     truth, driver, *others = people
+    seen = driver
     if degrade == "motion_blur":
-        driver = toy.render(FIRST + 10_000 + number, seed, frames=length, size=TOY_SIZE, shutter=4 * strength)
+        seen = toy.render(FIRST + 10_000 + number, seed, frames=length, size=TOY_SIZE, shutter=4 * strength)
     elif degrade != "none":
-        driver = replace(driver, video=toy.degrade(driver.video, degrade, strength, seed))
-    return Pair(still, truth, driver, others)
+        seen = replace(driver, video=toy.degrade(driver.video, degrade, strength, seed))
+    return Pair(still, truth, driver, seen, others)
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------
@@ -225,8 +228,8 @@ def place_of(pair: Pair, args, generator: np.random.Generator) -> tuple:
     if args.place == "clip":
         return data.toy_pair(pair.truth, args, generator)[1]
     reference_mask = finder.paint_mask(pair.still.body[0], pair.still.face[0])
-    find = replace(data.toy_finder(pair.driver), reference_mask=reference_mask)
-    return pair.driver.video, cues.analyse(pair.driver.video, pair.reference, find, cues.CueOptions())
+    find = replace(data.toy_finder(pair.seen), reference_mask=reference_mask)
+    return pair.seen.video, cues.analyse(pair.seen.video, pair.reference, find, cues.CueOptions())
 
 
 def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,7 +238,7 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
     device = next(vae.parameters()).device
     generator = data.keyed(FIRST, number)
     streams = []
-    for clip in (pair.still, pair.driver):
+    for clip in (pair.still, pair.seen):
         body, face = data.toy_pair(clip, args, generator)
         place = face if clip is pair.still else place_of(pair, args, generator)
         rows = zip(*(cues.render(*source, options=looks) for source in (body, face, place)))
@@ -298,7 +301,7 @@ def score(args) -> dict:
         if args.frames > FRAMES:
             rows["truth"] += [measure(p, p.truth.video) for p in pairs]
         rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
-        rows["driver's frames"] += [measure(p, p.driver.video) for p in pairs]
+        rows["driver's frames"] += [measure(p, p.seen.video) for p in pairs]
         for seed in range(args.seeds):
             videos = generate(model, vae, pairs, numbers, args, seed, **trained)
             rows[seeds[seed]] += [measure(p, video) for p, video in zip(pairs, videos)]
@@ -351,7 +354,7 @@ def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
 
     def row(pair: Pair, video: np.ndarray, frames: tuple) -> np.ndarray:
         gap = np.full((TOY_SIZE, 4, 3), 255, np.uint8)
-        moments = [(gap, pair.driver.video[f], video[f], pair.truth.video[f]) for f in frames]
+        moments = [(gap, pair.seen.video[f], video[f], pair.truth.video[f]) for f in frames]
         return np.concatenate([pair.reference, *(picture for moment in moments for picture in moment)], axis=1)
 
     def sheet(*frames: int) -> np.ndarray:
