@@ -6,9 +6,9 @@
 
 A row differs from `full` in the flags that it names and in nothing else. Seed k of every row has the same clips, noise
 and steps as seed k of `full`, and rows that differ in stage 2 alone share stage 1: so rows are compared seed by seed.
-Verdict: with d the differences, `full` is better if their mean is further from 0 than its standard error times Student's
-95 % quantile for so many seeds (4.30 for three); worse if so on the other side; else nothing is seen. The clips and the
-pairs that judge are the same for all seeds, so the error is that of training. One of twenty rows errs by chance.
+Verdict: `full` is better if the mean of the seed-by-seed differences exceeds their standard error times Student's 95 %
+quantile (4.30 for three seeds), worse if it does so in the other direction; otherwise no difference is seen. Clips and
+test pairs are the same for all seeds, so this is the error of training only. By chance one verdict in twenty is wrong.
 """
 
 import argparse
@@ -287,8 +287,8 @@ def spread(values: dict[int, float]) -> str:
 
 
 def speed_up(slow: dict, fast: dict) -> float | None:
-    """How many times sooner `fast` reaches the least held-out loss of `slow`, both before their cool-down; None if never, or
-    if none was measured there.
+    """How many times as fast `fast` reaches the lowest held-out loss of `slow`, both before their cool-down; None if it never
+    does, or none was measured there.
 
     Fig. 1, right. Between two losses the curve is a line; one that starts below counts from its first loss.
     """
@@ -318,9 +318,9 @@ def speed_ups(results: dict) -> list[str]:
             seen = gain(logs, dict.fromkeys(logs, 0.0), "masked_l1")[2] if all(ratios) else "not reached by all"
             said = ", ".join(f"{ratio:.2f}" if ratio else "never" for ratio in ratios)
             lines.append(
-                f"| `{fast}` against `{slow}` | 6.7 | {said} | {seen.replace('better', 'sooner').replace('worse', 'later')} |"
+                f"| `{fast}` against `{slow}` | 6.7 | {said} | {seen.replace('better', 'faster').replace('worse', 'slower')} |"
             )
-    head = "| Fig. 1, right: times sooner at the same held-out loss of stage 2 | paper | ours, seed by seed | seen |"
+    head = "| Fig. 1, right: how many times as fast to the same held-out loss of stage 2 | paper | ours, seed by seed | seen |"
     return [head, "|---" * 4 + "|", *lines] if lines else []
 
 

@@ -1,8 +1,8 @@
 """Place the driving person where the reference person stands: Eq. 9-12 (paper A.2), on mask boxes, numpy.
 
-One similarity a clip, T(x) = scale * x + shift_xy (Eq. 11), carries the driving masks onto the reference
-person; only the Location Cue goes through it, Pose and Face Cue keep their place. The other half of A.2 is
-here too: the misalignment of pseudo Pose Cues in stage 2, which teaches to trust the Location Cue.
+One similarity for the whole clip, T(x) = scale * x + shift_xy (Eq. 11), carries the driving masks onto the
+reference person. Only the Location Cue is moved by it; Pose and Face Cue stay where they are. The other half
+of A.2 is here too: in stage 2 pseudo Pose Cues are misaligned, which teaches the model to trust the Location Cue.
 
 Coordinates are pixel centres, (x, y), as in Eq. 12: pixel i sits at i, and a mask's box holds its outermost
 indices. The paper's s and t are `scale` and `shift_xy`, its B is a box (x0, y0, x1, y1), its h(B) is y1 - y0.

@@ -28,7 +28,7 @@ PEAK = {  # dense bfloat16 FLOP/s, by a part of the GPU's name; the first that f
     "L40": 181e12,
     "4090": 165e12,
 }
-MFU = 0.30  # share of the peak that an expected time assumes; what is recomputed counts as no use, so it can reach 3/4
+MFU = 0.30  # share of the peak assumed for expected times; recomputing does not count, so with checkpointing 3/4 is the most
 SAMPLING_TOKEN = 14  # numbers of width D that live at once of a token when nothing is kept
 KEPT_TOKEN, KEPT_CUE = 24, 6  # numbers of width D that autograd keeps of a token in a block, and of its cues
 

@@ -40,7 +40,7 @@ def option(flag: str, default, text: str, *others):
 
 @dataclass(frozen=True)
 class CueOptions:
-    """What the cues look like, and when a frame is rejected; S1-S7 are the rows of the paper's Table 3."""
+    """What the cues look like, and when a frame is rejected; S1-S4, S6 and S7 are rows of the paper's Table 3."""
     pose: str = option("--pose-cue", "lowpass", "gray = row S4, rgb = row S3", "gray", "rgb", "none")
     face: str = option("--face-cue", "centered", "inplace = row S2, none = row S1", "inplace", "none")
     location: str = option("--location-cue", "soft", "hard = row S7, none = row S6", "hard", "none")
@@ -79,9 +79,9 @@ def filter_gain(rows: int, columns: int, cutoff: float, kind: str, dtype: np.dty
 def low_pass(gray: np.ndarray, cutoff: float, kind: str = "gaussian") -> np.ndarray:
     """(H, W) float, both even -> the same, low-passed; nothing is clipped.
 
-    In DCT-II, the Fourier transform of the picture mirrored at its borders: feet cut by the lower border do not
-    bleed into the sky. The mean stays, no coefficient grows. Paper silent: a Gaussian, exp(-r^2 / 2 cutoff^2),
-    which cannot ring; 0.12 is a blur of sigma 2.65 pixels.
+    Computed as a DCT-II, the Fourier transform of the picture mirrored at its borders, so feet at the lower border
+    do not bleed into the sky. The mean is kept and no coefficient grows. Paper silent: the filter; here a
+    Gaussian, exp(-r^2 / 2 cutoff^2), which cannot ring. A cutoff of 0.12 is a blur of sigma 2.65 pixels.
     """
     return cv2.idct(cv2.dct(gray) * filter_gain(*gray.shape, cutoff, kind, gray.dtype))
 
@@ -108,9 +108,9 @@ def pose_cue(frame, mask, options: CueOptions, misalign=(1.0, (0, 0))) -> np.nda
 def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 0)) -> np.ndarray:
     """(..., H, W) in [0, 1] -> float32, mean or max of each cell x cell block, bilinear in between.
 
-    Keeps the coarse silhouette and hides the outline, which would leak the driver's shape. Farther than 1.5
-    cells per axis outside the silhouette it is exactly 0, deeper inside exactly 1. `phase` (y, x) shifts the
-    grid; blocks that the border cuts count their own pixels only.
+    Keeps the coarse silhouette and hides the outline, which would leak the driver's shape. It is exactly 0 farther
+    than 1.5 cells per axis outside the silhouette, and exactly 1 deeper than that inside. `phase` (y, x) shifts
+    the grid; a block cut by the border averages its own pixels only.
     Paper silent: the grid; 16 pixels are one token, max is Animate Anyone 2's.
     """
     soft, sizes = np.asarray(mask, np.float32), mask.shape[-2:]
@@ -135,8 +135,8 @@ def grid_soften(mask: np.ndarray, cell: int, statistic: str = "mean", phase=(0, 
 
 def fill_gaps(boxes: np.ndarray, longest: int = 8) -> np.ndarray:
     """(T, 4), NaN = no face. Interpolates gaps of up to `longest` frames; longer ones and both ends stay NaN.
-    So does a gap between two profiles (narrower than 0.62 of their height), where the head has turned away and
-    nothing was missed. Paper silent.
+    A gap between two profiles (boxes narrower than 0.62 of their height) stays NaN too: there the head turned
+    away, and no face was missed. Paper silent.
     """
     boxes, seen = boxes.copy(), np.flatnonzero(np.isfinite(boxes[:, 0]))
     slim = (boxes[:, 2] - boxes[:, 0]) / np.maximum(boxes[:, 3] - boxes[:, 1], 1)
@@ -199,7 +199,7 @@ def colours(frame: np.ndarray) -> np.ndarray:
 
 
 def is_cut(before: np.ndarray, after: np.ndarray) -> bool:
-    """From the `colours` of two frames in a row: more than half of the picture is another."""
+    """True if more than half of the picture changed, judging by the `colours` of two successive frames."""
     return np.abs(after - before).sum() / 2 > 0.5
 
 

@@ -101,7 +101,7 @@ def pool_masks(masks: Tensor) -> Tensor:
 
 
 def unzip(rows: Iterable[tuple], width: int) -> list[Iterator]:
-    """The columns of a stream of rows, each an iterator of its own; read them in step, or the rows between are kept."""
+    """The columns of a stream of rows, each an iterator of its own; read them in step, or the rows in between pile up in memory."""
     return [map(lambda row, i=i: row[i], stream) for i, stream in enumerate(tee(rows, width))]
 
 
@@ -431,8 +431,8 @@ class Clips:
         return sum(map(len, self.buckets.values()))
 
     def places(self, step: int, G: int) -> tuple[list[dict], list[int]]:
-        """The bucket of a step, and the places in it of the G clips shown, G samples a step over all ranks. An epoch shows every
-        clip once, in a new order; a bucket's last batch is filled up from its start."""
+        """The step's bucket, and the places in it of the step's G clips (G samples, over all ranks). An epoch shows every clip
+        once, in a new order; a bucket's last batch is filled up from its start."""
         batches = [(shape, j) for shape, clips in self.buckets.items() for j in range(-(-len(clips) // G))]
         epoch, place = divmod(step, len(batches))
         shape, j = batches[keyed(self.args.seed, 2**31, epoch).permutation(len(batches))[place]]
@@ -441,8 +441,8 @@ class Clips:
         return bucket, [int(order[(j * G + i) % len(bucket)]) for i in range(G)]
 
     def batch(self, step: int, indices: Iterable[int], G: int) -> dict[str, Tensor]:
-        """The samples `indices` of this step's G. [0, 1) is cut into G equal intervals, dealt to the samples in random order; each
-        draws its noise level from its own interval (CogVideoX's explicit uniform sampling)."""
+        """Samples `indices` of this step's G. [0, 1) is cut into G equal intervals, which are dealt to the samples in random
+        order; each sample draws its noise level from its own (CogVideoX's explicit uniform sampling)."""
         order, (bucket, places) = keyed(self.args.seed, step).permutation(G), self.places(step, G)
         samples = []
         for i in indices:
@@ -475,9 +475,9 @@ class Clips:
     def read(self, file, generator: np.random.Generator) -> dict[str, Tensor]:
         """Cut a window, choose reference and variants, drop conditions; all draws from `generator`, in a fixed order.
 
-        Paper silent: how often conditions are dropped; which frame is the reference, here one outside the window if there
-        is any; what the cues of slot 0 are, here the reference's own, so that the model has one pair of a cue and its
-        appearance before its eyes.
+        Paper silent: how often conditions are dropped; which frame is the reference, here one outside the window if
+        possible; which cues slot 0 has, here the reference's own, so that the model sees one matching pair of cue and
+        appearance.
         """
         args, scale = self.args, self.scale
         f = file.get_slice("mean").get_shape()[0]
@@ -486,7 +486,6 @@ class Clips:
         frames = slice(max(4 * start - 3, 0), 4 * (start + n) - 3)
         drop_text, drop_reference, drop_cues, drop_face = self.training & (generator.random(4) < (0.1, 0.05, 0.1, 0.05))
 
-        # the reference: a frame of the same clip, outside the window if there is one
         candidates = file.get_tensor("ref_frame").numpy()
         outside = np.flatnonzero((candidates < frames.start) | (candidates >= frames.stop))
         r = int(generator.choice(outside if len(outside) else len(candidates)))

@@ -53,8 +53,9 @@ class Schedule:
     def trail(self, steps: int) -> Iterator[tuple[int, float, float]]:
         """(step, its alpha_bar, the alpha_bar to go to), from step 999 down to the clean end, where alpha_bar is 1.
 
-        "Trailing" spacing, as released: the target is num_steps // steps lower. Where a count does not divide 1000 that
-        is not quite the next step visited, and for some counts (7, 15, 24) it ends at alpha_bar[0] = 0.99915, not at 1.
+        "Trailing" spacing, as released: the target is num_steps // steps lower. If `steps` does not divide 1000 that
+        is not exactly the next step visited, and for some counts (7, 15, 24) the last target is alpha_bar[0] = 0.99915
+        instead of 1.
         """
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"{steps} sampling steps: use 1 to {self.num_steps}")
@@ -115,7 +116,7 @@ def dpm_solver(
 def windows(
     denoise: Callable[[Tensor, int, int], Tensor], length: int, size: int = 13, stride: int | None = None
 ) -> Denoiser:
-    """A denoiser for [reference slot, `length` latent frames] made of one for [reference slot, `size` latent frames].
+    """Turn a denoiser of [reference slot, `size` latent frames] into one of [reference slot, `length` latent frames].
 
     Each step, every window is denoised and v averaged with triangular weights; the reference slot, which all windows
     share, gets the plain mean. One solver then moves the whole clip, so that windows cannot drift apart as chained

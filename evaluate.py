@@ -155,9 +155,9 @@ def keypoint_consistency(driver: np.ndarray, generated: np.ndarray, diagonal: fl
 def remove_similarity(driver: np.ndarray, generated: np.ndarray) -> np.ndarray:
     """`generated` moved onto `driver`, (T, K, 3), by the one scale and shift a clip that make size and centre equal.
 
-    Differs: A.4 compares the points as they are. Over all shared points: scale^2 = sum |p - mean p|^2 / sum |q - mean q|^2. Another person's body has another size
-    and place, which is no error of the motion. Least squares would shrink one who moves otherwise to a point, and
-    distances in her own pixels would be small where she is; points that are all one have no size to be given: NaN.
+    Differs: A.4 compares the points as they are; but another person has another size and place, which is no error of
+    motion. Over all shared points, scale^2 = sum |p - mean p|^2 / sum |q - mean q|^2. Least squares would be wrong: it
+    shrinks someone who moves differently to a point. NaN if all points coincide.
     """
     shared = shared_points(driver, generated)
     if not shared.any():
@@ -237,7 +237,9 @@ def load_face(model: str | None) -> Callable:
     name = model or "buffalo_l"
     try:
         app = load_insightface(Path(name), "detection", "recognition", "landmark_3d_68")
-        dense = (app.models["recognition"], "landmark_3d_68" in app.models)[1]
+        if "recognition" not in app.models:
+            raise ValueError("it has no ArcFace network")
+        dense = "landmark_3d_68" in app.models
     except Exception as error:  # noqa: BLE001  insightface asserts, onnxruntime has its own
         kind = ValueError if model else OSError
         raise kind(f"--face-model {name} is not an insightface pack ({brief(error)})") from None
@@ -621,7 +623,7 @@ def metric_names(text: str) -> list[str]:
 
 def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser(__doc__, formatter_class=argparse.HelpFormatter)
-    add = lambda *names, **about: parser.add_argument(*names, **about)
+    add = parser.add_argument
     path = {"type": Path, "metavar": "PATH"}
     add("generated", type=Path, help="video, folder of numbered frames, or folder of such clips")
     add("truth", type=Path, help="the same for the true clips, paired by name")

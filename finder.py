@@ -267,8 +267,8 @@ def load_face_finder(model: str | Path | None = None) -> Callable:
 def find_face(face_finder: Callable, frame, mask: np.ndarray, last: np.ndarray) -> np.ndarray:
     """The face that lies on the person's mask and on her last face; NaN where the best hardly does.
 
-    Detectors miss a face that fills the frame: they get it again with a margin, but not where the last face
-    was small, since a second look also finds faces in hair.
+    Detectors miss a face that fills the frame, so they get a second look with a margin; not if the last face was
+    small, since a second look also finds faces in hair.
     """
     boxes, pad = face_finder(frame), max(frame.shape) // 4
     if not len(boxes) and not last[2] - last[0] < min(frame.shape[:2]) / 4:
@@ -305,8 +305,8 @@ class Finder:
     """finder(frames) yields (frame, Person, face box or NaN) and keeps ONE person through all frames.
 
     person: the Nth from the left, from 1, of the first frame with anybody; default the largest, most central.
-    masks: mask pictures, one a frame, re-iterable, in place of the segmenter; their red is the face, sought where there is none;
-    reference_mask: the reference's.
+    masks: mask pictures, one per frame, re-iterable, used instead of the segmenter; red marks the face, which is
+    searched where there is no red. reference_mask: the reference's.
     """
     segmenter: Callable | None = None
     face_finder: Callable | None = None

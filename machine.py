@@ -22,19 +22,12 @@ def pick_device(
         return chosen, getattr(torch, dtype), f"--dtype {dtype}"
     if chosen.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (
-            chosen,
-            torch.bfloat16 if fast else torch.float32,
-            f"this GPU {'has' if fast else 'lacks'} bfloat16",
-        )
+        return chosen, torch.bfloat16 if fast else torch.float32, f"this GPU {'has' if fast else 'lacks'} bfloat16"
     if chosen.type == "cpu":
         has = getattr(torch.cpu, "get_capabilities", dict)()
         fast = has.get("amx_bf16") or has.get("avx512_bf16")  # 6 and 2 times as fast as float32
-        return (
-            chosen,
-            torch.bfloat16 if fast else torch.float32,
-            f"this CPU {'has' if fast else 'lacks'} bfloat16 instructions",
-        )
+        said = f"this CPU {'has' if fast else 'lacks'} bfloat16 instructions"
+        return chosen, torch.bfloat16 if fast else torch.float32, said
     return chosen, torch.float32, f"the safe format on {chosen.type}"
 
 

@@ -50,7 +50,7 @@ class DiTConfig:
 
 DIT_PRESETS = {
     "cogvideox1.5-5b": DiTConfig(dim=3072, depth=42, num_heads=48, text_dim=4096, time_dim=512),
-    # small pictures want small patches: a person is 9 tokens tall here, 20 at 512x512; with 2x2x2 she would be 4
+    # small pictures need small patches: a person is 9 tokens tall here (20 at 512x512); with 2x2x2 it would be 4
     "toy": DiTConfig(dim=256, depth=4, num_heads=4, text_dim=64, time_dim=48, patch=(2, 1, 1)),
     "tiny": DiTConfig(dim=64, depth=2, num_heads=2, text_dim=32, time_dim=48),
 }
@@ -166,8 +166,8 @@ class CueFusion(nn.Module):
     """Eq. 1-3. The cues modulate what attention sees of the video, and flow on as streams of their own.
 
     Paper silent: "MLP" is one Linear after SiLU, as in both ancestors (DynamiCtrl, CogVideoX); e^G is the next block's e
-    (or Eq. 3 would be used nowhere). Differs: the paper adds to "text and vision embeddings"; here the video tokens
-    alone, for the text has another length.
+    (otherwise Eq. 3 would have no effect). Differs: the paper adds to "text and vision embeddings"; here to the video
+    tokens only, because the text has a different length. (`rope` is for CueCrossAttention: `Block` calls both alike.)
     """
 
     def __init__(self, dim: int, time_dim: int):
@@ -233,7 +233,7 @@ class Block(nn.Module):
         """x (B, N, D), c (B, L, D); pose and face (B or 1, N, D) or None; t_emb (B or 1, time_dim) -> x, c, pose, face."""
         sizes = c.shape[1], x.shape[1]
         x_in, c_in, gate_x, gate_c = self.norm1(x, c, t_emb)
-        if pose is not None and self.cues is not None:
+        if pose is not None:
             x_in, pose, face = self.cues(x_in, pose, face, t_emb, rope)
         c_out, x_out = self.attn(torch.cat([c_in, x_in], dim=1), rope).split(sizes, dim=1)
         x, c = x + gate_x * x_out, c + gate_c * c_out
@@ -257,8 +257,8 @@ class FinalNorm(nn.Module):
 class DiT(nn.Module):
     """CogVideoX1.5's transformer with the two cue streams. Predicts v for the noisy latents.
 
-    `model.checkpointing = True` recomputes each block in the backward pass: of a token and block 6 D bytes are kept (in
-    bfloat16; x and the two cue streams), not 60 D.
+    `model.checkpointing = True` recomputes each block in the backward pass. Per token and block 6 D bytes are then kept
+    (x and the two cue streams in bfloat16) instead of 60 D.
     """
 
     def __init__(self, config: DiTConfig):

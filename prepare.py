@@ -59,7 +59,7 @@ ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width / h
 # ---- files ----------------------------------------------------------------------------------------------
 
 
-def shard() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """(rank, number of ranks) of this process; torchrun sets both."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -263,7 +263,7 @@ def read_pieces(args, name: str, source: Path) -> Iterator[tuple[int, float, boo
 def prepare_clip(args, line: dict, piece: list[tuple], find: finder.Finder, vae, encode_text) -> str | None:
     """Write everything of one clip, clip.json last; or return why it is of no use.
 
-    The person is looked for in native pixels. What is killed half-way lies in .part; the next run clears it.
+    The person is searched at native resolution. A run killed half-way leaves its files in .part; the next clears them.
     """
     folder, home = args.output, args.output / "cues" / line["id"]
     size = line["height"], line["width"]
@@ -344,7 +344,7 @@ def prepare(args) -> None:
         raise ValueError(f"--fps {args.fps:g} --folder-fps {args.folder_fps:g}: both must be positive")
     if args.max_frames < args.frames:
         raise ValueError(f"--max-frames {args.max_frames} must be at least --frames, {args.frames}")
-    videos, (rank, world) = all_inputs(args.videos), shard()
+    videos, (rank, world) = all_inputs(args.videos), rank_and_world()
     for name, source, _ in videos:
         check_taken(args.output, name, source)
     for name in ("cache", "videos", "cues"):
@@ -422,7 +422,7 @@ def identity(frames: list, track: cues.Track, embed: Callable) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-def judge(args, kind: str, path: Path, own: tuple, find: finder.Finder, embed) -> tuple[dict, tuple | None]:
+def verdict_on(args, kind: str, path: Path, own: tuple, find: finder.Finder, embed) -> tuple[dict, tuple | None]:
     """Is a pseudo video of use? -> its verdict ("reason" is None if so) and (frames, Track).
 
     Differs: the paper filters by hand. Here: as many frames as the clip, the same pose (bodies), a face
@@ -481,7 +481,7 @@ def find_pairs(args, files: dict[str, list[Path]], own: tuple, find, embed) -> t
     verdicts, kept = [], {"body": {}, "face": {}}
     for kind, paths in files.items():
         for path in paths:
-            verdict, content = judge(args, kind, path, own, find, embed)
+            verdict, content = verdict_on(args, kind, path, own, find, embed)
             verdicts.append(verdict)
             if verdict["reason"] is None:
                 kept[kind][path.stem] = path.name, content
@@ -547,7 +547,7 @@ def add_pseudo(args) -> None:
         raise ValueError("give --body DIR and --face DIR (the same one twice, if need be) or --augment N")
     if not (args.data / "prepare.json").is_file():
         raise FileNotFoundError(f"{args.data}: no data folder there that data.py prepare made")
-    settings, (rank, world) = json.loads((args.data / "prepare.json").read_text()), shard()
+    settings, (rank, world) = json.loads((args.data / "prepare.json").read_text()), rank_and_world()
     folders = {} if args.augment else {"body": args.body, "face": args.face}
     listed = {kind: sorted(p for p in folder.iterdir() if p.suffix) for kind, folder in folders.items()}
     device = place(args)  # first: what follows goes to this rank's GPU

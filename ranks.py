@@ -177,10 +177,10 @@ TRAINED = "window", "ref_slot", "location", "face"  # what sampling has to do as
 class Saver:
     """step-0001200/: model.safetensors, ema.safetensors, and the optimizers in slices, one file a rank.
 
-    Written under a temporary name, then renamed: a kill at any moment leaves whole checkpoints only. In the background,
-    training goes on with the GPU's weights while copies in host memory are written, one checkpoint at a time; the
-    ranks then talk in a process group of their own, beside the gradients. Where the host has no room for the copies,
-    training waits instead, unless --async-save says otherwise.
+    Written under a temporary name, then renamed, so a kill at any moment leaves only whole checkpoints. In the background
+    mode training continues while copies in host memory are written, one checkpoint at a time; for this the ranks use
+    a process group of their own, apart from the gradients'. If the host lacks room for the copies, training waits,
+    unless --async-save is given.
     """
 
     def __init__(self, args, ranks: Ranks, model: nn.Module):

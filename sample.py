@@ -17,7 +17,7 @@ import os
 from functools import cache, partial
 from pathlib import Path
 
-# Before torch is imported: waiting threads sleep soon; those that spin slow each other down beside another busy program.
+# Before torch is imported: let idle OpenMP threads sleep early; spinning ones slow down a machine that is busy otherwise.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLE = {  # what is animated when nothing is given
@@ -164,7 +164,7 @@ def open_vae(args, dtype, device, size) -> CausalVAE:
     else:
         vae = load_vae(args.backbone, dtype)
     height, width = size
-    vae.tile(saving(args, "tile", f"decoding {width}x{height} at once", vae.memory(height, width), device))
+    vae.tile(should_save_memory(args, "tile", f"decoding {width}x{height} at once", vae.memory(height, width), device))
     return vae.to(device)
 
 
@@ -189,7 +189,7 @@ def random_weights(network_class, config, dtype):
     return network.to(dtype).eval()
 
 
-def saving(args, flag: str, what: str, needed: int, device) -> bool:
+def should_save_memory(args, flag: str, what: str, needed: int, device) -> bool:
     """Whether to save memory. The flag decides; without it True, with a printed line, if the `needed` bytes do not fit."""
     given, room = getattr(args, flag), budget.capacity(device, 1)
     too_large = room is not None and needed > room
@@ -199,11 +199,11 @@ def saving(args, flag: str, what: str, needed: int, device) -> bool:
 
 
 def move(args, network: nn.Module, device, dtype) -> nn.Module:
-    """Move a network, as its file has it, to the device in this dtype: all of it, or with --offload everything but its
-    blocks, each of which is there only while it runs, and waits, memory-mapped, in its file."""
+    """Move a network to the device in this dtype. With --offload all but its blocks: each of them is fetched when it runs
+    and otherwise stays memory-mapped in its file."""
     needed = sum(p.numel() for p in network.parameters()) * dtype.itemsize
     needed = needed if device.type != "cpu" else 0  # there they wait in their file anyway
-    if not saving(args, "offload", f"{type(network).__name__}'s weights", needed, device):
+    if not should_save_memory(args, "offload", f"{type(network).__name__}'s weights", needed, device):
         return network.to(device, dtype)
     for child in network.children():
         if child is not network.blocks:
@@ -244,9 +244,8 @@ def digest(*things) -> str:
 def analysed(args, video, reference, find, masks: str | None, options, progress=iter) -> cues.Track:
     """Pass 1 of `cues.py` over a clip (a Video, or the reference alone), remembered in --cache. find(): the finder."""
     files = [path and Path(path) for path in (masks, args.reference_mask, args.segmenter, args.sam, args.face_model)]
-    files += [
-        Path(__file__).with_name(f"{name}.py") for name in ("align", "cues", "finder", "video")
-    ]  # changed code finds other things
+    # the code too: after a change it may find something else
+    files += [Path(__file__).with_name(f"{name}.py") for name in ("align", "cues", "finder", "video")]
     source = video.path if isinstance(video, Video) else "reference"
     read = [getattr(options, name) for name in cues.READ_BY_ANALYSE]
     name = digest(source, *files, reference.tobytes(), reference.shape, args.person, args.fps, read)
@@ -297,7 +296,7 @@ def sequential(args, config, pose: Tensor, text: Tensor, window: int, device, dt
     """Whether guidance branches, if there are two, run one after the other."""
     video = budget.tokens(config, min(1 + window, pose.shape[1]), *pose.shape[-2:])
     needed = budget.sampling_bytes(config, video, text.shape[1], len(text), dtype.itemsize)
-    return saving(args, "sequential", "both guidance branches", needed if len(text) > 1 else 0, device)
+    return should_save_memory(args, "sequential", "both guidance branches", needed if len(text) > 1 else 0, device)
 
 
 @torch.inference_mode()

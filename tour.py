@@ -47,12 +47,13 @@ def trace(preset: str) -> list[tuple[str, str, str]]:
     show("B's clip", other.video, "somebody else moves like her: the pseudo driver")
 
     # the Driving Cue Triplet (Sec. 3.1)
-    track = cues.analyse(other.video, own.video[0], data.toy_finder(other), OWN_PLACE)
-    pose, face, body, face_mask = (np.stack(part) for part in zip(*cues.render(other.video, track)))
+    track = lambda clip: cues.analyse(clip.video, clip.video[0], data.toy_finder(clip), OWN_PLACE)  # noqa: E731
+    pairs = zip(cues.render(other.video, track(other)), cues.render(own.video, track(own)))
+    pose, face, body, face_mask = (np.stack(part) for part in zip(*((*b[:2], *a[2:]) for b, a in pairs)))
     show("Pose Cue", pose, "gray, low-passed, on black")
     show("Face Cue", face, "cropped, enlarged, centred")
-    show("Location Cue, body", body, "softened on a grid, after Eq. 9-12")
-    show("Location Cue, face", face_mask, "as it is")
+    show("Location Cue, body", body, "A's own, softened on a grid (sample.py: B's, moved by Eq. 9-12)")
+    show("Location Cue, face", face_mask, "A's own, as it is")
 
     # latents: 8k+1 frames are 2k+1 latents
     with torch.device("meta"):

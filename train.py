@@ -27,19 +27,23 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-# Before torch is imported: waiting threads sleep soon, as in sample.py; sooner would cost a long training a tenth.
+# Before torch is imported: let idle OpenMP threads sleep early, as in sample.py; even earlier would cost training a tenth.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 STAGES = ("vae", "0", "1", "2")
 ASSETS = Path(__file__).parent / "assets"
 TOY_DATA = Path("runs/toy-data")
 # fmt: off
-DEFAULTS = {  # a tuple: one value a stage. Of the 5B model steps, lr and D are the paper's (Sec. 4.1, Table 4). Paper silent: the rest
-    "cogvideox1.5-5b": dict(steps=(0, 0, 10_000, 30_000), optimizer="adamw", lr=(2e-5,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(1,) * 4, align_depth=10, ema=0.0, cooldown=0.0,
-                            checkpointing=True, window=13, vae_preset="cogvideox1.5"),
-    "toy": dict(steps=(6000, 3000, 3000, 3000), optimizer="muon", lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, noise_shift=4.0, batch=(1, 4, 4, 4), align_depth=1, ema=0.998, cooldown=0.3,
-                checkpointing=False, window=5, vae_preset="toy"),
-    "tiny": dict(steps=(10, 10, 10, 10), optimizer="adamw", lr=(1e-3,) * 4, cue_lr=1.0, noise_shift=1.0, batch=(2,) * 4, align_depth=1, ema=0.9, cooldown=0.3,
-                 checkpointing=False, window=5, vae_preset="tiny"),
+DEFAULTS = {  # a tuple has one value for each of STAGES
+    # steps, lr and align_depth are the paper's (Sec. 4.1, Table 4). Paper silent: the rest
+    "cogvideox1.5-5b": dict(
+        steps=(0, 0, 10_000, 30_000), batch=(1,) * 4, lr=(2e-5,) * 4, cue_lr=1.0, cooldown=0.0, optimizer="adamw", ema=0.0,
+        noise_shift=1.0, align_depth=10, window=13, checkpointing=True, vae_preset="cogvideox1.5"),
+    "toy": dict(
+        steps=(6000, 3000, 3000, 3000), batch=(1, 4, 4, 4), lr=(1e-3, 3e-3, 2e-3, 1.5e-3), cue_lr=8.0, cooldown=0.3,
+        optimizer="muon", ema=0.998, noise_shift=4.0, align_depth=1, window=5, checkpointing=False, vae_preset="toy"),
+    "tiny": dict(
+        steps=(10,) * 4, batch=(2,) * 4, lr=(1e-3,) * 4, cue_lr=1.0, cooldown=0.3, optimizer="adamw", ema=0.9,
+        noise_shift=1.0, align_depth=1, window=5, checkpointing=False, vae_preset="tiny"),
 }
 READ_BY = {  # stages: flags that no other stage reads
     "2": ("s2x_weight", "align_depth", "init"),
@@ -65,7 +69,7 @@ def parse_args(argv=None):
     add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 run or file (toy: assets); stage vae: a VAE")
     add("--teacher", type=Path, help="stage 2: a stage-1 run folder, .safetensors or .pt file")
     add("--init", default="teacher", metavar="{teacher,backbone,FILE}",
-        help="stage 2: what the student starts from; FILE: a student's weights or run folder, to train her on other data")
+        help="stage 2: what the student starts from; FILE: weights or run folder of a student, to continue on other data")
     add("--decoder-only", action="store_true",
         help="stage vae, from --backbone FILE: the encoder, and so every cached latent, stays as it is")
     add("--vae", type=Path, help="VAE that decodes the sample strips (default: the backbone's; toy: assets)")
@@ -118,10 +122,11 @@ def parse_args(argv=None):
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
     if (args.stage == "2") != (args.teacher is not None):
         parser.error("--stage 2 needs --teacher, a stage-1 run folder or weights file; the other stages take none")
-    for stages, name in ((stages, name) for stages, names in READ_BY.items() for name in names):
-        if getattr(args, name) != parser.get_default(name) and args.stage not in stages:
-            flag = {"s2x_weight": "lambda"}.get(name, name.replace("_", "-"))
-            parser.error(f"--{flag} is read by stage {' and '.join(stages)} only: drop it")
+    for stages, names in READ_BY.items():
+        for name in names if args.stage not in stages else ():
+            if getattr(args, name) != parser.get_default(name):
+                flag = {"s2x_weight": "lambda"}.get(name, name.replace("_", "-"))
+                parser.error(f"--{flag} is read by stage {' and '.join(stages)} only: drop it")
     if args.window % 2 == 0 or args.window < 3:
         parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, 4 or more: "
                      f"use {max(args.window - 1, 3)} or {max(args.window + 1, 5)}")
@@ -200,8 +205,9 @@ def same2x(student: Tensor, teacher: Tensor) -> Tensor:
 class Denoising(nn.Module):
     """v-MSE over all latents; with a teacher also Eq. 4. Losses are (B,).
 
-    Differs: Eq. 8 predicts the noise; this predicts v, as CogVideoX1.5 does. Paper silent: whether slot 0 counts; here it does. Paper silent: what the teacher sees. Here what the student sees, the
-    same noisy latents, step, text and reference, but the clip's own cues.
+    Differs: Eq. 8 predicts the noise; this predicts v, as CogVideoX1.5 does.
+    Paper silent: whether slot 0 counts; here it does. And what the teacher sees: here the student's own noisy latents,
+    step, text and reference, but the clip's own cues.
     """
 
     def __init__(self, model: DiT, align_depth: int, teacher: DiT | None = None):
@@ -437,7 +443,7 @@ def sample_strip(model: DiT, vae: CausalVAE, clips: data.Clips, ranks: Ranks, au
     columns = [pictures(z[:, 1:]) for z in (pose, output, batch["latents"]) if z is not None]
     reference = pictures(batch["latents"][:, :1])[:, :, : columns[0].shape[2] // 3]
     vae.to("cpu")
-    return np.concatenate([np.concatenate(row) for row in ([reference, *columns])], axis=1)
+    return np.concatenate([np.concatenate(column) for column in (reference, *columns)], axis=1)
 
 
 def load_strip_vae(path: Path, dtype) -> CausalVAE:
@@ -563,7 +569,7 @@ def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
     """(the checkpoint to go on from, or None; this launch's settings as given, before `plan` fills in --shard)."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     run = args.output
-    newest, before = ranks.agree((next(iter(checkpoints(run)[-1:]), None), read_settings(run)))
+    newest, before = ranks.agree(((checkpoints(run) or [None])[-1], read_settings(run)))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
     if newest and not (args.resume or restarted and before == settings or args.dry_run):
         raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
@@ -657,7 +663,12 @@ def train(args) -> None:
     compute, reason = (getattr(torch, args.dtype), "--dtype") if args.dtype else (ranks.dtype, ranks.reason)
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     clips, shown = open_data(args, ranks)
-    flops_of = (lambda batch: 0.0) if args.stage == "vae" else plan(args, clips, ranks, compute, master)
+    if args.stage == "vae":
+        flops_of = lambda batch: 0.0  # noqa: E731
+    else:
+        flops_of = plan(
+            args, clips, ranks, compute, master
+        )  # prints the costs, chooses --shard, refuses what cannot fit
     if args.compile:
         check_compiler(ranks.device)
     G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
@@ -697,13 +708,14 @@ def train(args) -> None:
     meter, began, waited, flops, skipped = Meter(ranks.device), time.perf_counter(), 0.0, 0.0, 0
     total = max(args.steps - start, 0) * args.accumulate
     batches = data.prefetched(micro_batch, total, args.workers)
-    for n in range(total):
+    for n in range(total):  # forward passes; after the last of every --accumulate of them the weights move
         before = time.perf_counter()
         batch, replaced = next(batches)
         waited, skipped = waited + time.perf_counter() - before, skipped + replaced
         done, last = start + n // args.accumulate + 1, n % args.accumulate == args.accumulate - 1
         batch = to_device(batch, ranks.device, master)
-        # DDP sums gradients and sends them after the last forward pass; shards send each time: no rank has room for the sum
+        # DDP sums gradients locally and exchanges them after the last forward pass; shards exchange each time, since no
+        # rank has room for the whole sum
         with wrapped.no_sync() if wrapped is not objective and not last else nullcontext():
             with autocast:
                 losses = wrapped(batch)
@@ -736,7 +748,7 @@ def train(args) -> None:
 
 
 def report(args, done, objective, ema, shown, vae, ranks, autocast, dtype, log) -> None:
-    """Held-out loss, sample strip and loss plot, all with the averaged weights."""
+    """Held-out loss and sample strip, both with the averaged weights, and the loss plot."""
     if shown is not None:
         with swapped(objective.model, ema):
             if shown.split == "test":

@@ -53,9 +53,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, dim, kernel_size=3, padding=(0, 1, 1))
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
-        past = (
-            [cache[self]] if self in cache else [x[:, :, :1]] * 2
-        )  # not expand: cat would then lose the channels-last layout
+        past = [cache[self]] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would lose channels-last
         x = torch.cat([*past, x], dim=2)
         cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
         return super().forward(x)
@@ -96,8 +94,8 @@ def modulate_(x: Tensor, y: Tensor, b: Tensor) -> None:
 class Norm(nn.Module):
     """GroupNorm; in the decoder also modulated by the latents z under each place: GN(x) * conv_y(z) + conv_b(z).
 
-    The 1x1x1 convolutions run at z's own size, at most levels a small part of the places that x has, and the result
-    is spread by broadcasting; they look at one frame only, so they need no cache.
+    The 1x1x1 convolutions run at z's own size, which at most levels is far smaller than x's, and the result is
+    broadcast. They look at one frame at a time and need no cache.
     """
 
     def __init__(self, dim: int, config: VAEConfig, decoder: bool):
@@ -243,7 +241,7 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def tile_starts(size: int) -> list[int]:
-    """First rows (or columns) of equal, evenly spread tiles: no thin tile at the border, whose GroupNorm would see next to nothing."""
+    """First rows (or columns) of equal, evenly spaced tiles: a thin last tile would give GroupNorm almost nothing to see."""
     count = -(-max(size - OVERLAP, 1) // (TILE - OVERLAP))
     return [round(i * (size - TILE) / max(count - 1, 1)) for i in range(count)] if size > TILE else [0]
 

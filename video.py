@@ -1,7 +1,8 @@
 """Read and write video and pictures: frames, fps, audio, rotation, sizes.
 
-`Video` streams a file or a folder of frames as often as it is iterated; `write_video` and `write_image` leave
-a whole file tagged as AI-generated, or none. A picture is (H, W, 3) uint8 RGB, upright. User mistakes raise
+`Video` streams a file or a folder of frames as often as it is iterated. `write_video`, `write_gif` and
+`write_image` leave a whole file or none; mp4, gif and png say in a tag, unless told otherwise, that they are
+AI-generated. A picture is (H, W, 3) uint8 RGB, upright. User mistakes raise
 ValueError or OSError with one sentence: what was given, what to give.
 
     python -c "import video; v = video.Video('drive.mp4'); print(v.frames, v.fps, v.width, v.height)"

@@ -218,7 +218,7 @@ def test_the_ledger_replaces_itself_between_its_marks_and_the_figures_are_drawn(
     assert (
         "Made on an abacus: 300 steps of stage 2 at batch 4 (2.0 minutes, the median run), 64 pairs, ddim in 10" in text
     )
-    assert "| `full` against `S8` | 6.7 | 2.00, 2.00, 2.00 | sooner |" in text, "full has 3 at step 100, S8 at 200"
+    assert "| `full` against `S8` | 6.7 | 2.00, 2.00, 2.00 | faster |" in text, "full has 3 at step 100, S8 at 200"
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("rows.png", "same2x.png"))
 
 
