@@ -27,7 +27,7 @@ from align import ALIGN_MODES, PLAUSIBLE_SCALE, align, centre, height, resized, 
 from align import without_strays
 from finder import Finder, pixels
 from video import Parser, Video, atomic, check_output, cover, letterbox, letterbox_box, output_size
-from video import read_image, resize, write_image, write_video
+from video import area, natural, rate, read_image, resize, write_image, write_video
 
 FILTERS = {"gaussian": lambda r2: np.exp(-r2 / 2), "butterworth": lambda r2: 1 / (1 + r2 ** 4),
            "ideal": lambda r2: (r2 <= 1).astype(float)}            # gain over (radius / cutoff) ** 2
@@ -60,8 +60,12 @@ class CueOptions:
             value, choices = getattr(self, entry.name), entry.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{entry.name}={value!r} is not one of {', '.join(choices)}")
-        if self.cutoff <= 0 or self.cell < 1:
-            raise ValueError(f"cutoff={self.cutoff} must be above 0 and cell={self.cell} at least 1")
+        bounds = {"cutoff": (0.001, 100), "cell": (1, 2 ** 20), "min_iou": (0, 1), "min_stability": (0, 1),
+                  "max_area_jump": (1, 2 ** 20), "min_overlap": (0, 1)}
+        for name, (low, high) in bounds.items():
+            if not low <= (value := getattr(self, name)) <= high:          # nor NaN
+                flag = self.__dataclass_fields__[name].metadata["flag"]
+                raise ValueError(f"{flag} {value}: give {low} to {high}")
 
 
 READ_BY_ANALYSE = "align", "min_iou", "min_stability", "max_area_jump", "min_overlap"
@@ -545,9 +549,7 @@ def previews(args: argparse.Namespace) -> None:
 
 def preview(args: argparse.Namespace) -> None:
     from tqdm import tqdm
-    check_output(args.output, args.reference, args.drive)
-    if args.rows < 1 or args.area < 256:
-        raise ValueError(f"--rows {args.rows} --area {args.area}: give at least 1 row and 256 pixels")
+    check_output(args.output, *filter(None, (args.reference, args.drive, args.masks, args.reference_mask)))
     chosen, find = options(args), finder.from_arguments(args)
     picture, source = read_image(args.reference), Video(args.drive, fps=args.fps)
     reference = cover(picture, *output_size(*picture.shape[:2], args.area))
@@ -587,9 +589,9 @@ def main() -> None:
     command.add_argument("drive", type=Path, nargs="+", help="driving videos, or folders of numbered frames")
     command.add_argument("-o", "--output", type=Path, default="sheet.png",
                          help=".png or .jpg: a sheet; .mp4: every frame; for several videos a folder of sheets")
-    command.add_argument("--rows", type=int, default=8, metavar="N", help="frames on the sheet")
-    command.add_argument("--fps", type=float, help="pick driving frames at this rate; all if not given")
-    command.add_argument("--area", type=int, default=512 * 512,
+    command.add_argument("--rows", type=natural, default=8, metavar="N", help="frames on the sheet")
+    command.add_argument("--fps", type=rate, help="pick driving frames at this rate; all if not given")
+    command.add_argument("--area", type=area, default=512 * 512,
                          help="pixels of the canvas, which has the reference's aspect")
     add_arguments(command)
     args = parser.parse_args()

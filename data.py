@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import tee
 from pathlib import Path
+from zipfile import BadZipFile
 
 import cv2
 import numpy as np
@@ -45,16 +46,17 @@ import cues
 import finder
 import toy
 from align import misalignment
-from load_cogvideox import load_weights, read_header
+from load_cogvideox import load_weights, read_header, read_json
 from machine import keep_freed_memory, pick_device
 from vae import CausalVAE, chunks
-from video import Parser, natural, write_image, write_video
+from video import Parser, natural, real, write_image, write_video
 
 # Paper silent: the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
 IMAGE_LATENT_SCALE = 1.0
 TOY_SIZE, TOY_FRAMES, TOY_TEXT = 96, 33, (4, 64)  # pixels, frames of a cached clip, shape of the one text state
 HELD_OUT = 1_000_000  # clips of the drawn world from this number on are never trained on
 ASSETS = Path(__file__).parent / "assets"
+DAMAGED = ValueError, OSError, KeyError, EOFError, BadZipFile, SafetensorError, zlib.error  # what a broken file raises
 
 
 def keyed(*key: int) -> np.random.Generator:
@@ -319,24 +321,42 @@ def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, part)
+        os.replace(part, path)
     except SafetensorError as error:  # a full disk is no OSError of its own
-        part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written ({error})") from None
-    os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """The same for text."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """clips.jsonl. ValueError that names the line where one is broken."""
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["id"], found[-1]["split"], found[-1]["pseudo"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}: no clip; make the list anew with the data.py command that made it"
+            ) from None
+    return found
 
 
 def remember(path: Path, args, names: Iterable[str]) -> None:
     """Write down what the clips of a folder share, or compare with the run before."""
     settings = {name: getattr(args, name) for name in names}
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    before = json.loads(path.read_text()) if path.exists() else settings
+    before = read_json(path) if path.exists() else settings
     for name, value in settings.items():
         if before.get(name) != value:
             flag = "--" + name.replace("_", "-")
@@ -362,11 +382,17 @@ def draw_share(args, numbers: list[int], done) -> None:
 
 def make_toy(args) -> None:
     """`python data.py toy`: draw, encode and cache; run it again to go on, or with more clips to add some."""
+    if args.joint_noise and args.pose_cue != "skeleton":
+        raise ValueError(f"--joint-noise {args.joint_noise:g} is of skeletons: give --pose-cue skeleton")
+    if (found := read_header(args.vae)["network"]) != "CausalVAE":
+        raise ValueError(f"--vae {args.vae}: holds a {found}, give a VAE's weights")
+    pick_device(args.device)  # its mistakes once, not once a worker
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
-    read_header(args.vae), pick_device(args.device)  # their mistakes once, not once a worker
     coder = f"{args.vae.name} {hashlib.sha256(args.vae.read_bytes()).hexdigest()[:16]}"  # one folder, one VAE's latents
     remember(args.output / "toy.json", argparse.Namespace(**vars(args) | {"vae": coder}), TOY_SHARED)
-    numbers = [*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out)]
+    there = read_lines(args.output / "clips.jsonl") if (args.output / "clips.jsonl").exists() else []
+    numbers = {*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out), *(int(line["id"]) for line in there)}
+    numbers = sorted(numbers)  # a folder never loses clips
     missing = [n for n in numbers if not (args.output / "cache" / f"{n:06d}.safetensors").exists()]
     context = multiprocessing.get_context("spawn")
     done = context.SimpleQueue()
@@ -416,7 +442,7 @@ class Clips:
         self.folder, self.args, self.scale, self.split = folder, args, scale, split
         self.training = split == "train"
         self.buckets: dict[tuple, list] = {}  # clips of one shape: a batch is cut from one bucket
-        for clip in map(json.loads, path.read_text().splitlines()):
+        for clip in read_lines(path):
             if clip["split"] == split and (args.stage != "2" or clip["pseudo"]):
                 shape = clip["height"], clip["width"], min(args.window, (clip["frames"] - 1) // 4 + 1)
                 self.buckets.setdefault(shape, []).append(clip)
@@ -654,10 +680,10 @@ def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     add("--variants", type=natural, default=1, help="cue variants a clip, the first without augmentation")
     add("--refs", type=natural, default=4, help="reference frames a clip, each with pixel noise of its own")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="Table 3: S4 gray, S3 rgb, S5 skeleton")
-    add("--joint-noise", type=float, default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
+    add("--joint-noise", type=real(0), default=0.0, help="error of the skeleton's joints: pixels, one standard deviation")
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="Table 3: S2 inplace")
-    add("--misalign", type=float, default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
-    add("--pseudo-faults", type=float, default=0.0, help="share of pseudo drivers who do another motion (Table 6: no filter)")
+    add("--misalign", type=real(0, 1), default=0.1, help="how far A.2 moves a pseudo Pose Cue, against the 5B model's ranges of scale and shift")
+    add("--pseudo-faults", type=real(0, 1), default=0.0, help="share of pseudo drivers who do another motion (Table 6: no filter)")
     add("--pseudo-people", type=natural, help="how many people all pseudo drivers are; default: one a clip (Table 6: single source)")
     workers = min(os.cpu_count(), 16) if torch.cuda.is_available() else os.cpu_count()  # each takes half a GB of the GPU
     add("--workers", type=natural, default=workers, help="processes that draw and encode")

@@ -99,7 +99,8 @@ def dpm_solver(
         v = denoise(latents, step).to(latents.dtype)
         clean = alpha**0.5 * latents - (1 - alpha) ** 0.5 * v
         if alpha_next == 1:
-            return clean
+            latents = clean
+            continue  # the last step; no return, so that `progress` sees its end
         ratio = (alpha / (1 - alpha) * (1 - alpha_next) / alpha_next) ** 0.5  # e^-h, h = lambda_next - lambda
         estimate = clean
         if last_alpha:  # second order needs two finite steps; alpha is 0 at the first

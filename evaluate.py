@@ -19,6 +19,7 @@ import difflib
 import io
 import json
 import zipfile
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise, zip_longest
@@ -30,7 +31,7 @@ import numpy as np
 
 from cues import to_canvas
 from finder import brief, load_insightface, read_mask
-from video import PICTURES, Parser, Video, atomic, check_output, read_image, resize
+from video import PICTURES, Parser, Video, atomic, check_output, read_image, resize, whole
 
 FILMS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif")
 KIND = {"plc": "body", "flc": "face"}  # whose points each compares
@@ -602,15 +603,30 @@ def evaluate(args) -> None:
         why |= {m: f"--keypoints has no driver_{part}" for m, part in KIND.items() if f"driver_{part}" not in held}
     runnable = [metric for metric in args.metrics if metric not in why]
     numbers, features = {}, {metric: {} for metric in ("fid", "fvd") if metric in runnable}
+    skipped = {}
     for clip in tqdm(clips, unit="clip"):
-        numbers[clip.name], found = measure(clip, runnable, networks, args.size, args.cross_id)
+        try:
+            numbers[clip.name], found = measure(clip, runnable, networks, args.size, args.cross_id)
+        except (ValueError, OSError) as error:
+            if len(clips) == 1:
+                raise
+            skipped[clip.name] = str(error)
+            tqdm.write(f"{clip.name}: skipped, {error}", file=sys.stderr)
+            continue
         for metric, sides in found.items():
             features[metric][clip.name] = sides
+    if not numbers:
+        raise ValueError(f"none of the {len(clips)} clips can be measured")
     summary = summarise(numbers, features, args.metrics, why)
     print(table(summary))
+    if skipped:
+        print(f"{len(skipped)} of {len(clips)} clips skipped: {', '.join(skipped)}")
     if args.output:
         paths = {clip.name: clip.paths for clip in clips}
-        save({"arguments": vars(args), "mean": summary, "clips": numbers, "paths": paths}, args.output)
+        save(
+            {"arguments": vars(args), "mean": summary, "clips": numbers, "skipped": skipped, "paths": paths},
+            args.output,
+        )
 
 
 def metric_names(text: str) -> list[str]:
@@ -629,7 +645,7 @@ def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     add("truth", type=Path, help="the same for the true clips, paired by name")
     add("-o", "--output", type=Path, metavar="FILE", help="JSON: all numbers, clip by clip (default: none)")
     add("--metrics", type=metric_names, default=list(METRICS), help=f"default: {','.join(METRICS)}")
-    add("--size", type=int, metavar="N", help="squeeze to N x N before all picture metrics (default: not)")
+    add("--size", type=whole(1, 4096), metavar="N", help="squeeze to N x N before all picture metrics (default: not)")
     add("--masks", **path, help="mask pictures, white where the person is, for the numbers in the mask")
     add("--driver", **path, help="driving clips, for PLC and FLC (default: the truth)")
     add("--reference", **path, help="picture of the person, for FIS (default: the truth's first frame)")

@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from align import centre, tight_box, without_strays
-from video import PICTURES, Video, cover, read_image, resize
+from video import PICTURES, Video, cover, natural, read_image, resize
 
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
 DETECTOR_URL = "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth"
@@ -207,6 +207,7 @@ def load_yunet(path: Path) -> Callable:
         net.setInputSize(bgr.shape[1::-1])
         found = net.detect(bgr)[1]                                 # (n, 15): x, y, width, height, ...
         return np.empty((0, 4)) if found is None else np.hstack((found[:, :2], found[:, :2] + found[:, 2:4]))
+    detect(np.zeros((64, 64, 3), np.uint8))                        # another network fails here
     return detect
 
 
@@ -366,7 +367,7 @@ def add_arguments(parser: argparse.ArgumentParser, masks: str):
             ("--masks", "PATH", f"{masks}, in place of both networks: person white, face red"),
             ("--face-model", "PATH", "insightface folder or YuNet .onnx; buffalo_l, fetched, if not given")):
         group.add_argument(flag, metavar=metavar, help=text)
-    group.add_argument("--person", type=int, metavar="N", help="follow the Nth from the left")
+    group.add_argument("--person", type=natural, metavar="N", help="follow the Nth from the left")
     return group
 
 
@@ -377,8 +378,6 @@ def from_arguments(args: argparse.Namespace) -> Finder:
         raise ValueError("--person chooses among people, and --masks has chosen already: give one")
     if args.masks and args.reference_mask and (args.segmenter or args.sam):
         raise ValueError("--masks and --reference-mask leave nothing to segment: drop --segmenter and --sam")
-    if args.person is not None and args.person < 1:
-        raise ValueError(f"--person {args.person}: people count from 1, from the left")
     masks = reference_mask = segmenter = face_finder = None
     if args.masks:
         single = Path(args.masks).suffix.lower() in PICTURES

@@ -53,8 +53,9 @@ from diffusion import Schedule, ddim, dpm_solver, windows
 from evaluate import masked_l1, masked_psnr, mean, save
 from load_cogvideox import check_dit, load_weights
 from machine import device_name, pick_device
+from ranks import read_log
 from vae import VAE_PRESETS
-from video import Parser, check_output, natural, write_gif, write_image
+from video import Parser, check_output, natural, real, write_gif, write_image
 
 FIRST = 2_000_000  # pairs from this number on; data.py draws none of them
 FRAMES = 17  # of a window of 5 latents
@@ -283,6 +284,7 @@ def score(args) -> dict:
     header = check_dit(args.checkpoint, TOY_TEXT[1], args.location, args.face)
     trained = {name: header[name] for name in ("window", "ref_slot") if name in header}
     check_looks(args)
+    training = history(args.checkpoint)
     if args.frames > 4 * trained.get("window", 5) - 3 and trained.get("ref_slot") == "copy":
         raise ValueError(
             f"--frames {args.frames}: --ref-slot copy, as {args.checkpoint} was trained, knows one window only"
@@ -312,7 +314,7 @@ def score(args) -> dict:
     kept = "pairs", "frames", "sampler", "degrade", "strength", "place", "soften_cell"
     result |= {name: getattr(args, name) for name in kept}
     result |= {"sampling_steps": args.steps, "machine": device_name(device)}
-    result |= {"answers": answers, "training": history(args.checkpoint)}
+    result |= {"answers": answers, "training": training}
     print(table(answers))
     if args.output:
         save(result, args.output)
@@ -339,7 +341,7 @@ def history(checkpoint: Path) -> dict:
     """Of a run folder: settings, and the held-out loss by step. Of a file: nothing."""
     if not (checkpoint / "log.jsonl").is_file():
         return {}
-    lines = [json.loads(line) for line in (checkpoint / "log.jsonl").read_text().splitlines()]
+    lines = read_log(checkpoint)
     held_out = [(line["step"], round(line["held_out"], 6)) for line in lines if "held_out" in line]
     kept = "steps", "batch", "lr", "seed", "cooldown", "s2x_weight", "align_depth", "init", "cue_injection"
     settings = json.loads((checkpoint / "config.json").read_text())
@@ -360,7 +362,7 @@ def write_sheet(path: Path, shown: list[tuple[Pair, np.ndarray]]) -> None:
     def sheet(*frames: int) -> np.ndarray:
         return np.concatenate([row(*entry, frames) for entry in shown]).repeat(2, 0).repeat(2, 1)
 
-    if path.suffix == ".gif":
+    if path.suffix.lower() == ".gif":
         write_gif(path, [sheet(f) for f in range(frames)], toy.FPS, comment=toy.DRAWN)
     else:
         write_image(path, sheet(0, frames // 2, frames - 1), comment=toy.DRAWN)
@@ -386,14 +388,14 @@ def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="dpm adds noise at each step, ddim does not")
     add("--frames", type=int, default=FRAMES, help="of a clip; more than 17 are sampled in windows, and judged over time too")
     add("--pose-cue", choices=["lowpass", "gray", "rgb", "skeleton"], default="lowpass", help="as the model was trained")
-    add("--joint-noise", type=float, default=0.0, help="as the model was trained")
+    add("--joint-noise", type=real(0), default=0.0, help="as the model was trained")
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")
     add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
     add("--place", choices=["clip", "driver"], default="clip", help="Location Cue of the person's own clip, or of the driver's, aligned")
     add("--soften-cell", type=natural, default=16, help="side of the Location Cue's softening cells, pixels; training has 8, 16 and 32")
     add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
-    add("--strength", type=float, default=1.0, help="of --degrade, 0 to 1")
+    add("--strength", type=real(0, 1), default=1.0, help="of --degrade, 0 to 1")
     add("--sheet", type=Path, metavar="FILE", help=".png or .gif: reference, driver, output and truth of the first pairs")
     add("--rows", type=natural, default=6, help="pairs on the sheet")
     add("--device", help="cuda, mps or cpu (default: the best one present)")

@@ -111,7 +111,10 @@ class Config(dict):
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
     except ValueError as error:
         raise ValueError(f"{path}: not a whole JSON file ({error}); download or copy it again") from None
 
@@ -362,9 +365,14 @@ def read_header(path: str | Path) -> dict:
         raise ValueError(
             f"{path}: no DirectAnimator header; give a weights file that train.py wrote, or a backbone folder with --backbone"
         )
-    header = json.loads(header)
-    if header["format"] != FORMAT:
-        raise ValueError(f"{path}: weights format {header['format']}, this version reads format {FORMAT}")
+    try:
+        header = json.loads(header)
+        if header["format"] != FORMAT:
+            raise ValueError(f"{path}: weights format {header['format']}, this version reads format {FORMAT}")
+        config_class, stored = KINDS[header["network"]][1], header["config"]
+        config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: a damaged header ({error}); make the file again") from None
     return header
 
 

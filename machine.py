@@ -15,7 +15,7 @@ def pick_device(
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device or best)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen).item()
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {device} is not here; use {best}") from None
     if dtype:

@@ -30,7 +30,6 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
-from zipfile import BadZipFile
 from zlib import crc32
 
 import cv2
@@ -44,13 +43,24 @@ from tqdm import tqdm
 import cues
 import finder
 from align import centre, warp
-from data import ASSETS, OWN_PLACE, encode_clip, keyed, pseudo_latents, remember, save_cache, toy_text
+from data import (
+    ASSETS,
+    DAMAGED,
+    OWN_PLACE,
+    encode_clip,
+    keyed,
+    pseudo_latents,
+    read_lines,
+    remember,
+    save_cache,
+    toy_text,
+)
 from data import write_text
-from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights
+from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, read_json
 from machine import pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
-from video import PICTURES, Video, letterbox, natural, output_size, resize, write_image
+from video import PICTURES, Video, area, check_output, letterbox, natural, real, output_size, rate, resize, write_image
 from video import write_video
 
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width / height of the buckets
@@ -70,7 +80,7 @@ def assemble(folder: Path) -> tuple[list[dict], list[dict], list[dict]]:
     Every rank does this when it is done and waits for nobody: the last one has it all. One that was overtaken
     while it wrote would leave an old list behind, so it looks again.
     """
-    read = lambda name: [json.loads(p.read_text()) for p in sorted(folder.glob(f"cues/*/{name}"))]
+    read = lambda name: [read_json(p) for p in sorted(folder.glob(f"cues/*/{name}"))]
     found = None
     while found != (found := (read("clip.json"), read("pseudo.json"))):
         clips = [line for line in found[0] if "skipped" not in line]
@@ -330,7 +340,6 @@ def prepare_video(args, name: str, source: Path, caption: Path, *networks) -> No
             skip(id, reason)
 
 
-DAMAGED = ValueError, OSError, KeyError, EOFError, BadZipFile, SafetensorError  # what a broken file raises
 SHARED = ("backbone", "preset", "area", "frames", "max_frames", "fps", "held_out", "variants", "refs")
 
 
@@ -340,11 +349,11 @@ def prepare(args) -> None:
         raise ValueError("give --backbone DIR (a local copy of CogVideoX1.5-5B-I2V) or --preset")
     if args.frames % 8 != 1:
         raise ValueError(f"--frames: {frame_count_error(args.frames)}")
-    if not (0 < args.fps < math.inf and 0 < args.folder_fps < math.inf):
-        raise ValueError(f"--fps {args.fps:g} --folder-fps {args.folder_fps:g}: both must be positive")
     if args.max_frames < args.frames:
         raise ValueError(f"--max-frames {args.max_frames} must be at least --frames, {args.frames}")
     videos, (rank, world) = all_inputs(args.videos), rank_and_world()
+    if not videos:
+        raise ValueError(f"{', '.join(map(str, args.videos))}: no video there")
     for name, source, _ in videos:
         check_taken(args.output, name, source)
     for name in ("cache", "videos", "cues"):
@@ -512,7 +521,7 @@ def pseudo_clip(args, line: dict, files: dict[str, list[Path]], vae, variants: i
     for kind, paths in files.items():
         masks = [p for path in paths for p in masks_of(args, kind, path)]
         tried[kind] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in (*paths, *masks)]
-    if (home / "pseudo.json").exists() and json.loads((home / "pseudo.json").read_text())["tried"] == tried:
+    if (home / "pseudo.json").exists() and read_json(home / "pseudo.json")["tried"] == tried:
         return
     own = list(Video(args.data / "videos" / f"{line['id']}.mp4")), cues.Track.load(home / "track.npz")
     key = (crc32(line["id"].encode()), 1)  # 1: not the draws of the clip's own cues
@@ -547,7 +556,7 @@ def add_pseudo(args) -> None:
         raise ValueError("give --body DIR and --face DIR (the same one twice, if need be) or --augment N")
     if not (args.data / "prepare.json").is_file():
         raise FileNotFoundError(f"{args.data}: no data folder there that data.py prepare made")
-    settings, (rank, world) = json.loads((args.data / "prepare.json").read_text()), rank_and_world()
+    settings, (rank, world) = read_json(args.data / "prepare.json"), rank_and_world()
     folders = {} if args.augment else {"body": args.body, "face": args.face}
     listed = {kind: sorted(p for p in folder.iterdir() if p.suffix) for kind, folder in folders.items()}
     device = place(args)  # first: what follows goes to this rank's GPU
@@ -650,7 +659,9 @@ def check(args) -> None:
     path, sheet = args.data / "clips.jsonl", args.output or args.data / "sheet.png"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no data folder there; make one with data.py prepare or toy")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if args.output:
+        check_output(sheet, suffixes=PICTURES)
+    lines = read_lines(path)
     named_twice = [id for id, n in Counter(line["id"] for line in lines).items() if n > 1]
     strays = {p.stem for p in (args.data / "cache").glob("[!.]*.safetensors")} - {line["id"] for line in lines}
     found = [f"{id}: more than one line in clips.jsonl" for id in named_twice]
@@ -684,11 +695,11 @@ def add_commands(commands) -> None:
     add("--preset", choices=["tiny", "toy"], help="null text and a random VAE, or the drawn world's")
     add("--frames", type=natural, default=49, help="fewest frames of a clip, 8k+1: the training window")
     add("--max-frames", type=natural, default=97, help="most; what exceeds the window gives references")
-    add("--fps", type=float, default=16.0, help="take every n-th frame, for about this rate")
-    add("--folder-fps", type=float, default=30.0, help="rate of videos that are folders of frames")
-    add("--area", type=natural, default=512 * 512, help="pixels of a frame; its aspect is one of nine")
+    add("--fps", type=rate, default=16.0, help="take every n-th frame, for about this rate")
+    add("--folder-fps", type=rate, default=30.0, help="rate of videos that are folders of frames")
+    add("--area", type=area, default=512 * 512, help="pixels of a frame; its aspect is one of nine")
     add("--caption", default="", help="prompt of a video without NAME.txt beside it")
-    add("--held-out", type=float, default=0.0, help="share of the videos for the test split")
+    add("--held-out", type=real(0, 1), default=0.0, help="share of the videos for the test split")
     add("--variants", type=natural, default=4, help="cue variants a clip, the first without augmentation")
     add("--refs", type=natural, default=8, help="references a clip, each with pixel noise of its own")
     add_device(add)
@@ -700,10 +711,10 @@ def add_commands(commands) -> None:
     add("--body", type=Path, metavar="DIR", help="ID*.mp4: others move as in videos/ID.mp4 (StableAnimator)")
     add("--face", type=Path, metavar="DIR", help="ID*.mp4: other faces move as in it (Face-Adapter)")
     add("--augment", type=natural, metavar="N", help="instead: N recoloured, stretched copies of the clip")
-    add("--max-identity", type=float, default=0.4, help="highest ArcFace cosine with the clip's person")
-    add("--min-pose", type=float, default=0.6, help="least overlap of body and clip masks, centred")
-    add("--min-faces", type=float, default=0.8, help="least share of the clip's faces to be shown")
-    add("--min-detail", type=float, default=0.1, help="least sharpness, as a share of the clip's")
+    add("--max-identity", type=real(-1, 1), default=0.4, help="highest ArcFace cosine with the clip's person")
+    add("--min-pose", type=real(0, 1), default=0.6, help="least overlap of body and clip masks, centred")
+    add("--min-faces", type=real(0, 1), default=0.8, help="least share of the clip's faces to be shown")
+    add("--min-detail", type=real(0), default=0.1, help="least sharpness, as a share of the clip's")
     add_device(add)
     finder.add_arguments(command, "folder with body/ and face/, in each " + masks)
 

@@ -6,8 +6,10 @@ program can read them, and the optimizer in slices, one file a rank, which torch
 again to any other number of ranks.
 """
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -32,6 +34,7 @@ from machine import pick_device
 from model import DiT
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process's checkpoint says so
+logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)  # it logs the traceback of what it raises
 
 
 class Ranks:
@@ -78,6 +81,19 @@ class Ranks:
         if self.count > 1:
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]
+
+    def alone_in(self, run: Path) -> bool:
+        """Whether no other training writes into this run folder; the first rank looks, and holds the lock until it ends."""
+        if self.rank == 0:
+            self.lock = open(run / ".lock", "w")
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+
+                try:
+                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    return False
+        return True
 
     def total(self, number: int) -> int:
         return int(self.sum(torch.tensor(number, device=self.device)))
@@ -240,6 +256,8 @@ class Saver:
                     no_dist=self.group is None,
                 )
             except (OSError, CheckpointException) as error:
+                if any(isinstance(reason, KeyboardInterrupt) for reason, _ in getattr(error, "failures", {}).values()):
+                    raise KeyboardInterrupt from None
                 failure = error
         if self.sum_over_ranks(failure is not None):
             if ranks.rank == 0:
@@ -269,11 +287,10 @@ def copies_bytes(model: nn.Module, ema: bool, shard: str | None, ranks: Ranks) -
 def save_error(run: Path, model: nn.Module, ema: bool, failure: BaseException | None) -> str:
     numbers = sum(p.numel() for p in model.parameters())
     need, free = numbers * 4 * (4 if ema else 3), shutil.disk_usage(run).free
+    stands = "the last one stands" if checkpoints(run) else "none is there yet"
     full = free < need or getattr(failure, "errno", None) == errno.ENOSPC
     why = "the disk is full" if full else f"it cannot be written ({str(failure or 'on another rank').splitlines()[0]})"
-    return (
-        f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; the last one stands"
-    )
+    return f"{run}: {why}: a checkpoint needs {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} are free; {stands}"
 
 
 def read_settings(run: Path) -> dict | None:
@@ -290,13 +307,15 @@ def load_checkpoint(folder: Path, args, ranks: Ranks, model, ema, optimizers: li
     if header["stage"] != args.stage:
         raise ValueError(f"{args.output} is a run of stage {header['stage']}: give another -o to stage {args.stage}")
     copy_parameters(model, dict(weights.named_parameters()))
+    if ema and not (folder / "ema.safetensors").is_file():
+        raise ValueError(f"{folder} has no moving average: give --ema 0, as before")
     if ema:
         averaged, _ = load_weights(folder / "ema.safetensors", config=model.config)
         with swapped(model, ema):
             copy_parameters(model, dict(averaged.named_parameters()))
     state = {"optimizer": get_optimizer_state_dict(model, optimizers)}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    asked = [(group["rate"], group["weight_decay"]) for group in groups]
+    groups = lambda: [group for optimizer in optimizers for group in optimizer.param_groups]  # noqa: E731
+    asked = [(group["rate"], group["weight_decay"]) for group in groups()]
     try:
         dcp.load(state, checkpoint_id=folder / "optimizer", no_dist=ranks.count == 1)
     except CheckpointException as error:
@@ -305,14 +324,22 @@ def load_checkpoint(folder: Path, args, ranks: Ranks, model, ema, optimizers: li
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"{folder}: cannot be read ({reason}): remove it, to go on from the one before") from None
     set_optimizer_state_dict(model, optimizers, state["optimizer"])
-    for group, (rate, weight_decay) in zip(groups, asked):  # this run's flags, not those of the run before
+    for group, (rate, weight_decay) in zip(groups(), asked):  # this run's flags, not those of the run before
         group["rate"], group["weight_decay"] = rate, weight_decay
     return header["step"]
 
 
+def read_log(run: Path) -> list[dict]:
+    """The records of log.jsonl. What is none, as a line that a kill cut, is left out."""
+    found, path = [], run / "log.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            found += [record] if isinstance(record, dict) and "step" in record else []
+    return found
+
+
 def rewind_log(run: Path, start: int) -> None:
     """Drop the lines after the step that a run goes on from: they will be written again."""
-    path = run / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole_lines = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-    write_text(path, "".join(line for line in whole_lines if json.loads(line)["step"] <= start))
+    kept = [record for record in read_log(run) if record["step"] <= start]
+    write_text(run / "log.jsonl", "".join(json.dumps(record) + "\n" for record in kept))

@@ -14,7 +14,9 @@ import argparse
 import gc
 import hashlib
 import os
+from contextlib import suppress
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 # Before torch is imported: let idle OpenMP threads sleep early; spinning ones slow down a machine that is busy otherwise.
@@ -31,7 +33,7 @@ EXAMPLE = {  # what is animated when nothing is given
 # fmt: off
 def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     import cues
-    from video import Parser, natural
+    from video import Parser, area, rate, real, seed, whole
 
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -59,17 +61,17 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--compile", action="store_true", help="torch.compile the DiT: minutes at first, faster steps")
     add = parser.add_argument_group("sampling").add_argument
     add("--prompt", help="describe the person and the background")
-    add("--guidance", type=float, help="text guidance; 1 turns it off and halves the work (default: 3)")
+    add("--guidance", type=real(0), help="text guidance; 1 turns it off and halves the work (default: 3)")
     add("--sampler", choices=["dpm", "ddim"], default="dpm", help="DPM-Solver++(2M) SDE, or deterministic DDIM")
-    add("--guidance-interval", type=float, nargs=2, metavar=("FROM", "TO"),
+    add("--guidance-interval", type=real(0, 1), nargs=2, metavar=("FROM", "TO"),
         help="part of the steps that is guided; elsewhere the null branch is not run (default: 0 1)")
     add("--sequential", action=argparse.BooleanOptionalAction,
         help="run the two guidance branches one after the other: less memory (default: where both do not fit)")
-    add("--steps", type=int, help="denoising steps (default: 50)")
+    add("--steps", type=whole(1, 1000), help="denoising steps (default: 50)")
     add("--fast", action="store_true", help="20 steps")
-    add("--seed", type=int, default=0, help="of all noise; the same on every device")
-    add("--area", type=natural, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
-    add("--fps", type=float, help="pick driving frames at this rate (default: every frame)")
+    add("--seed", type=seed, default=0, help="of all noise; the same on every device")
+    add("--area", type=area, help="pixels of the output, which has the reference's aspect (default: 512x512; toy: 96x96)")
+    add("--fps", type=rate, help="pick driving frames at this rate (default: every frame)")
     cues.add_arguments(parser)
     args = parser.parse_args(argv)
     if args.backbone and args.preset:
@@ -96,12 +98,10 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
                 parser.error(f"--{name.replace('_', '-')} needs a --backbone: the drawn world knows no words to be guided by")
     if args.guidance == 1 and (args.guidance_interval or args.sequential is not None):
         parser.error("--guidance 1 turns guidance off: drop --guidance-interval and --sequential, or choose another value")
-    if not 1 <= args.steps <= 1000:
-        parser.error(f"--steps {args.steps}: give 1 to 1000")
     args.prompt, args.guidance = args.prompt or "", 3.0 if args.guidance is None else args.guidance
     low, high = args.guidance_interval = args.guidance_interval or (0.0, 1.0)
-    if not 0 <= low <= high <= 1:
-        parser.error(f"--guidance-interval {low} {high}: give 0 <= FROM <= TO <= 1")
+    if low > high:
+        parser.error(f"--guidance-interval {low} {high}: give FROM <= TO")
     args.area = args.area or (96 * 96 if args.preset == "toy" else 512 * 512)
     return parser, args
 # fmt: on
@@ -120,7 +120,7 @@ from tqdm import tqdm  # noqa: E402
 import budget  # noqa: E402
 import cues  # noqa: E402
 import finder  # noqa: E402
-from data import encode_cues, encode_image, padded, save_cache, to_picture, to_tensor, toy_text, window_inputs  # noqa: E402
+from data import DAMAGED, encode_cues, encode_image, padded, save_cache, to_picture, to_tensor, toy_text, window_inputs  # noqa: E402
 from diffusion import Schedule, ddim, dpm_solver, windows  # noqa: E402
 from load_cogvideox import (  # noqa: E402
     check_dit,
@@ -250,7 +250,7 @@ def analysed(args, video, reference, find, masks: str | None, options, progress=
     read = [getattr(options, name) for name in cues.READ_BY_ANALYSE]
     name = digest(source, *files, reference.tobytes(), reference.shape, args.person, args.fps, read)
     path = args.cache / "cues" / f"{name}.npz"
-    if path.is_file():
+    with suppress(*DAMAGED):  # or missing
         return cues.Track.load(path)
     track = cues.analyse(video, reference, find(), options, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +269,7 @@ def encode_text(args, device, dtype) -> Tensor:
     prompts = [args.prompt] + [""] * (args.guidance != 1)
     folder = args.backbone / "text_encoder" if args.backbone else args.preset
     path = args.cache / "text" / f"{digest(folder, prompts, dtype)}.safetensors"
-    if path.is_file():
+    with suppress(*DAMAGED):  # or missing
         return load_file(path)["text"].to(device)
     tokenizer, t5 = open_text_encoder(args, dtype)
     if args.prompt and tokenizer is None:
@@ -339,6 +339,8 @@ def denoise(
         return v
 
     latents = solver(watched, draw().to(device), schedule, args.steps, progress=progress, **extra)
+    if not latents.isfinite().all():
+        raise ValueError("the latents are not finite: try --dtype float32, other weights or less --guidance")
     return latents[:, 1:].cpu(), predictions
 
 
@@ -346,7 +348,7 @@ def pictures(vae: CausalVAE, latents: Tensor, frames: int, device):
     """Decode as a stream: `frames` pictures (H, W, 3) uint8; what `padded` added is dropped."""
     with torch.inference_mode():
         stream = vae.decode_stream((latents / vae.config.scaling_factor).to(device))
-        for frame, _ in zip(stream, tqdm(range(frames), desc="decode", unit="frame")):
+        for frame in tqdm(islice(stream, frames), desc="decode", total=frames, unit="frame", disable=frames == 1):
             yield to_picture(frame[0])
 
 
@@ -388,7 +390,7 @@ def comparison(reference: np.ndarray, driver, cue_rows, output):
 
 def write_clip(path: Path, frames, source: Video) -> None:
     """With the driving clip's rate and sound, and the tag that says what it is."""
-    if path.suffix == ".gif":
+    if path.suffix.lower() == ".gif":
         write_gif(path, frames, source.fps, comment=AI_GENERATED)
     else:
         write_video(path, frames, source.fps, audio=source.path if source.has_audio else None, comment=AI_GENERATED)
@@ -399,6 +401,7 @@ def animate(args) -> None:
     if args.preset == "toy" and args.reference != EXAMPLE["reference"]:
         print("No --backbone: the embedded toy model knows only drawn figures, and will make one of a photograph.")
     output = args.output or Path(f"{args.reference.stem}_{args.drive.stem}.mp4")
+    check_output(output, suffixes=(".mp4", ".gif"))
     side, strip = (output.with_name(output.stem + end) for end in ("_compare" + output.suffix, "_steps.png"))
     given = [args.reference, args.drive, args.pose_video, args.face_video]
     given += [args.masks, args.reference_mask, args.pose_masks, args.face_masks]

@@ -53,7 +53,7 @@ READ_BY = {  # stages: flags that no other stage reads
 
 
 def parse_args(argv=None):
-    from video import Parser, natural  # no torch: --help answers at once
+    from video import Parser, natural, real, seed, whole  # no torch: --help answers at once
 
     first = Parser(add_help=False)
     first.add_argument("--preset", choices=list(DEFAULTS), default="cogvideox1.5-5b", help="sizes and defaults")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("-o", "--output", type=Path, help="run folder (default: runs/PRESET-stageN)")
     add("--data", type=Path, default=TOY_DATA, help="data folder made by data.py; the toy's is drawn when missing")
-    add("--window", type=int, default=default["window"], help="latent frames of a clip seen at once, odd: 13 are 49 frames")
+    add("--window", type=whole(3), default=default["window"], help="latent frames of a clip seen at once, odd: 13 are 49 frames")
     add("--backbone", type=Path, help="CogVideoX1.5-5B-I2V folder, or a stage-0 run or file (toy: assets); stage vae: a VAE")
     add("--teacher", type=Path, help="stage 2: a stage-1 run folder, .safetensors or .pt file")
     add("--init", default="teacher", metavar="{teacher,backbone,FILE}",
@@ -80,17 +80,17 @@ def parse_args(argv=None):
     add("--batch", type=natural, default=default["batch"][stage], help="samples per rank and forward pass")
     add("--accumulate", type=natural, default=1, help="forward passes per optimiser step")
     add("--optimizer", choices=["adamw", "muon"], default=default["optimizer"], help="muon: for the matrices, AdamW for the rest")
-    add("--lr", type=float, default=default["lr"][stage], help="learning rate between warm-up and cool-down")
-    add("--cue-lr", type=float, default=default["cue_lr"], help="times --lr for the cue layers, which are new")
-    add("--noise-shift", type=float, default=default["noise_shift"],
+    add("--lr", type=real(1e-12, 100), default=default["lr"][stage], help="learning rate between warm-up and cool-down")
+    add("--cue-lr", type=real(0, 1e6), default=default["cue_lr"], help="times --lr for the cue layers, which are new")
+    add("--noise-shift", type=real(0.01, 100), default=default["noise_shift"],
         help="s > 1 trains more on strong noise, where poses are decided: a level u in [0, 1) becomes s u / (1 + (s - 1) u)")
-    add("--warmup", type=int, default=100, help="steps of linear warm-up")
-    add("--cooldown", type=float, default=default["cooldown"], help="last part of the steps, rate falling to 0")
-    add("--weight-decay", type=float, default=1e-4, help="none on biases and norms")
-    add("--clip", type=float, default=1.0, help="largest gradient norm")
-    add("--ema", type=float, default=default["ema"], help="decay of the weights' moving average; 0: none")
-    add("--lambda", dest="s2x_weight", type=float, default=0.5, help="weight of the Same2X loss (Table 4); 0: row S8")
-    add("--align-depth", type=int, default=default["align_depth"],
+    add("--warmup", type=whole(0), default=100, help="steps of linear warm-up")
+    add("--cooldown", type=real(0, 1), default=default["cooldown"], help="last part of the steps, rate falling to 0")
+    add("--weight-decay", type=real(0), default=1e-4, help="none on biases and norms")
+    add("--clip", type=real(1e-12), default=1.0, help="largest gradient norm")
+    add("--ema", type=real(0, 0.999999), default=default["ema"], help="decay of the weights' moving average; 0: none")
+    add("--lambda", dest="s2x_weight", type=real(0), default=0.5, help="weight of the Same2X loss (Table 4); 0: row S8")
+    add("--align-depth", type=natural, default=default["align_depth"],
         help="block whose tokens Same2X aligns, counted from 1 (Table 4: D)")
     add("--cue-injection", choices=["cuefusion", "concat", "cross"], default="cuefusion", help="Table 5")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="Location Cue (Table 3: S7, S6)")
@@ -107,16 +107,18 @@ def parse_args(argv=None):
     add("--dtype", choices=["bfloat16", "float32", "float64"],
         help="of the computation; weights stay float32 (default: bfloat16 where fast)")
     add("--device", help="default: cuda if present, else cpu")
-    add("--workers", type=int, default=0, help="processes that make batches ahead; 0: a thread, which is enough for large steps")
-    add("--seed", type=int, default=0, help="of every random draw")
+    add("--workers", type=whole(0), default=0, help="processes that make batches ahead; 0: a thread, which is enough for large steps")
+    add("--seed", type=seed, default=0, help="of every random draw")
     add("--log-every", type=natural, default=20, help="steps between log lines")
     add("--save-every", type=natural, default=500, help="steps between checkpoints")
     add("--async-save", action=argparse.BooleanOptionalAction,
         help="go on training while a checkpoint is written from a copy in host memory (default: on GPUs, if it has room)")
-    add("--keep", type=int, default=2, help="checkpoints to keep, the newest; 0: all")
-    add("--eval-every", type=int, default=500, help="steps between held-out losses, plots and sample strips; 0: never")
+    add("--keep", type=whole(0), default=2, help="checkpoints to keep, the newest; 0: all")
+    add("--eval-every", type=whole(0), default=500, help="steps between held-out losses, plots and sample strips; 0: never")
     args = parser.parse_args(argv)
     if args.export:
+        if args.export.is_file() and not args.output:
+            parser.error(f"--export {args.export}: of a file; give -o, the one to write")
         args.output = args.output or args.export / "model.safetensors"
         return parser, args
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
@@ -127,19 +129,9 @@ def parse_args(argv=None):
             if getattr(args, name) != parser.get_default(name):
                 flag = {"s2x_weight": "lambda"}.get(name, name.replace("_", "-"))
                 parser.error(f"--{flag} is read by stage {' and '.join(stages)} only: drop it")
-    if args.window % 2 == 0 or args.window < 3:
+    if args.window % 2 == 0:
         parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, 4 or more: "
-                     f"use {max(args.window - 1, 3)} or {max(args.window + 1, 5)}")
-    if args.workers < 0:
-        parser.error(f"--workers {args.workers}: give 0, which is a thread, or more")
-    if args.keep < 0:
-        parser.error(f"--keep {args.keep}: give 0, which keeps all, or more")
-    if not 0 <= args.ema < 1 or args.clip <= 0 or args.lr <= 0 or not 0 <= args.cooldown <= 1:
-        parser.error(f"--ema {args.ema:g} --clip {args.clip:g} --lr {args.lr:g} --cooldown {args.cooldown:g}: give "
-                     "0 <= EMA < 1, CLIP > 0, LR > 0 and 0 <= COOLDOWN <= 1")
-    for name in ("eval_every", "warmup"):
-        if (value := getattr(args, name)) < 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: give 0 or more")
+                     f"use {args.window - 1} or {args.window + 1}")
     if args.stage == "vae" and args.preset == "cogvideox1.5-5b":
         parser.error("--stage vae trains a small VAE: give --preset toy (CogVideoX brings its own)")
     if args.stage == "0" and args.preset == "cogvideox1.5-5b":
@@ -185,9 +177,9 @@ from load_cogvideox import (  # noqa: E402
 from machine import check_compiler, keep_freed_memory  # noqa: E402
 from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
-from ranks import TRAINED, Ranks, Saver, load_checkpoint, read_settings, rewind_log, shard, swapped  # noqa: E402
+from ranks import TRAINED, Ranks, Saver, load_checkpoint, read_log, read_settings, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
-from video import write_image  # noqa: E402
+from video import check_output, write_image  # noqa: E402
 
 
 # ---- objectives: a batch in, named losses out ----------------------------------------------------------------------
@@ -348,8 +340,7 @@ def learning_rate(step: int, args) -> float:
 
 def export(run: Path, output: Path) -> None:
     """The newest weights of a run, averaged if there is an average, as one bfloat16 file; a VAE's with whitened latents."""
-    if output.suffix != ".safetensors":
-        raise ValueError(f"-o {output}: give a name that ends in .safetensors")
+    check_output(output, *(checkpoints(run) or [run]), suffixes=(".safetensors",))
     network, header = load_weights(run, torch.float32)
     if isinstance(network, CausalVAE):
         network.whiten(*latent_statistics(network))
@@ -462,7 +453,7 @@ def plot_losses(run: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = read_log(run)
     names = [n for n in ("denoise", "held_out", "s2x", "pixels", "edges", "half") if any(n in line for line in lines)]
     levels = [line["denoise_by_step"] for line in lines if "denoise_by_step" in line]
     figure, axes = pyplot.subplots(1, len(names) + bool(levels), figsize=(4 * (len(names) + bool(levels)), 3))
@@ -567,7 +558,7 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
 
 def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
     """(the checkpoint to go on from, or None; this launch's settings as given, before `plan` fills in --shard)."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(args).items()}
     run = args.output
     newest, before = ranks.agree(((checkpoints(run) or [None])[-1], read_settings(run)))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
@@ -590,6 +581,8 @@ def check_files(args) -> None:
             header = read_header(file) if file.suffix == ".safetensors" else {}
             if path == args.teacher:
                 check_teacher(args, header)
+    if args.stage == "2" and args.align_depth > (depth := dit_config(args).depth):
+        raise ValueError(f"--align-depth {args.align_depth}: the blocks count from 1 to {depth}")
 
 
 def check_teacher(args, header: dict) -> None:
@@ -642,8 +635,8 @@ def update(model: nn.Module, ema: dict | None, optimizers: list, step: int, args
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not math.isfinite(norm):
-        raise ValueError(f"step {step}: the loss or its gradient is not finite; the last checkpoint in {args.output} stands: "
-                         "lower --lr, or --resume")  # fmt: skip
+        raise ValueError(f"step {step}: the loss or its gradient is not finite: lower --lr; checkpoints in "
+                         f"{args.output}, if any, stand, for --resume")  # fmt: skip
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args) * group["rate"]
@@ -663,6 +656,8 @@ def train(args) -> None:
     compute, reason = (getattr(torch, args.dtype), "--dtype") if args.dtype else (ranks.dtype, ranks.reason)
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     clips, shown = open_data(args, ranks)
+    if clips and args.stage != "vae":  # shorter clips are seen whole, and the weights shall say so
+        args.window = max(length for _, _, length in clips.buckets)
     if args.stage == "vae":
         flops_of = lambda batch: 0.0  # noqa: E731
     else:
@@ -685,11 +680,13 @@ def train(args) -> None:
     optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
+    if not ranks.agree(ranks.alone_in(run)):
+        raise ValueError(f"{run}: another train.py writes there; name another -o, or wait")
     start = load_checkpoint(newest, args, ranks, model, ema, optimizers) if newest else 0
     saver = Saver(args, ranks, model)
     if ranks.rank == 0:
-        data.write_text(run / "config.json", json.dumps(settings, indent=1))
         rewind_log(run, start)
+        data.write_text(run / "config.json", json.dumps(settings, indent=1))
     if start >= args.steps:
         ranks.print(f"{run} is at step {start} of {args.steps}: nothing to do; give more --steps to go on")
 

@@ -271,6 +271,7 @@ class CausalVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+        for module in self.modules():  # after the convolutions, among which theirs are
             if isinstance(module, Norm) and module.conv_y is not None:
                 for conv, value in ((module.conv_y, 1.0), (module.conv_b, 0.0)):
                     nn.init.zeros_(conv.weight), nn.init.constant_(conv.bias, value)

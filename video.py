@@ -16,7 +16,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import av
 import cv2
 import numpy as np
 from av.stream import Disposition
+from tqdm import tqdm
 
 COMMENT = "AI-generated with DirectAnimator"
 AVX512_SKX = 256       # OpenCV's number for it
@@ -124,13 +125,16 @@ def read_image(path: str | Path) -> np.ndarray:
     path = _existing(path)
     data = np.frombuffer(b"" if path.is_dir() else path.read_bytes(), np.uint8)
     raw = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-    if raw is None:
+    image = None
+    if raw is not None and raw.shape[2:] == (4,):       # cv2 turns a picture upright or keeps its alpha, never both
+        with contextlib.suppress(av.FFmpegError), _open(path) as container:
+            image = _upright_rgb(next(container.decode(video=0)))
+    elif raw is not None:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    if image is None:
         raise ValueError(f"{path} is not a picture that can be read: convert it to PNG or JPEG, "
                          "or one frame of it if it is a video")
-    if raw.shape[2:] == (4,):       # cv2 turns a picture upright or keeps its alpha, never both
-        with _open(path) as container:
-            return _upright_rgb(next(container.decode(video=0)))
-    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    return image
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -156,8 +160,8 @@ class Video:
     """
 
     def __init__(self, path: str | Path, fps: float | Fraction | None = None):
-        if fps is not None and not 0 < fps < math.inf:
-            raise ValueError(f"fps={fps}: give a finite rate above 0, such as 24")
+        if fps is not None and not 0.001 <= fps <= 1000:
+            raise ValueError(f"fps={fps}: give a rate from 0.001 to 1000, such as 24")
         self.path = Path(path)
         self._files = _numbered(self.path) if self.path.is_dir() else None
         self._pick = fps is not None and not self._files
@@ -280,12 +284,32 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
+    def exit(self, status: int = 0, message: str | None = None):
+        for bar in list(getattr(tqdm, "_instances", ())):       # else the message would stand behind a bar
+            bar.close()
+        super().exit(status, message)
 
-def natural(text: str) -> int:
-    """The type of a flag that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 1 or more")
-    return int(text)
+
+def real(low: float, high: float = math.inf, kind: type = float) -> Callable[[str], float]:
+    """The type of a flag that is a finite number, or with `kind` int a whole one, from `low` to `high`."""
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and value < math.inf:
+                return value
+        span = f"{low} or more" if high >= 2 ** 62 else f"{low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text}: give a {'whole ' * (kind is int)}number, {span}")
+    return parse
+
+
+def whole(low: int, high: int = 2 ** 62) -> Callable[[str], int]:
+    return real(low, high, int)
+
+
+natural = whole(1)
+seed = whole(0)
+area = whole(256, 2 ** 26)              # pixels of a picture, at most 8192 x 8192
+rate = real(0.001, 1000)              # frames a second
 
 
 def check_output(path: str | Path, *inputs: str | Path,
@@ -300,8 +324,9 @@ def check_output(path: str | Path, *inputs: str | Path,
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist, so create it first")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: the folder {path.parent} is read-only, so name another")
-    if path.exists() and any(Path(source).exists() and path.samefile(source) for source in inputs):
-        raise ValueError(f"{path} is also an input: name another output")
+    for source in (Path(source) for source in inputs if path.exists() and Path(source).exists()):
+        if path.samefile(source) or source.is_dir() and path.parent.samefile(source):
+            raise ValueError(f"{path} is also an input: name another output")
 
 
 @contextlib.contextmanager

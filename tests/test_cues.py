@@ -25,7 +25,7 @@ import cues
 import finder
 from align import tight_box, transform
 from cues import CueOptions, Track, analyse, crop, extract, face_squares, faults, fill_gaps, grid_soften, low_pass
-from cues import render
+from cues import pose_cue, render
 from finder import Finder, Person, PersonNet, Sam, find_face, load_face_finder, paint_mask, read_mask
 from video import Video, read_image, write_image, write_video
 
@@ -757,13 +757,20 @@ def test_several_videos_make_a_folder_of_sheets_and_one_that_fails_is_named(file
     (("ref.png", "drive", *EXACT, "--person", "2"), "--masks has chosen already"),
     (("ref.png", "drive", "--segmenter", "a.tflite", "--sam", "b.pth"), "two segmenters"),
     (("ref.png",), "the following arguments are required: drive"),
-    (("ref.png", "drive", "--person", "0"), "people count from 1"),
+    (("ref.png", "drive", "--person", "0"), "--person: 0: give a whole number, 1 or more"),
     (("ref.png", "drive", *EXACT, "--segmenter", "a.tflite"), "leave nothing to segment"),
-    (("ref.png", "drive", *EXACT, "--rows", "0"), "at least 1 row"),
+    (("ref.png", "drive", *EXACT, "--rows", "0"), "--rows: 0: give a whole number, 1 or more"),
     (("ref.png", "drive", "--segmenter", "text.mp4"), "no readable .tflite or .onnx"),
     (("ref.png", "drive", *EXACT, "--face-model", "text.onnx"), "the face detector text.onnx"),
     (("ref.png", "drive", "--masks", "masks", "--sam", "text.mp4"), "does not hold segment-anything's ViT-B"),
-    (("ref.png", "drive", *EXACT, "--cutoff", "0"), "cutoff=0.0 must be above 0")])
+    (("ref.png", "drive", *EXACT, "--cutoff", "0"), "--cutoff 0.0: give 0.001 to 100"),
+    (("ref.png", "drive", *EXACT, "--cutoff", "nan"), "--cutoff nan: give 0.001 to 100"),
+    (("ref.png", "drive", *EXACT, "--min-iou", "nan"), "--min-iou nan: give 0 to 1"),
+    (("ref.png", "drive", *EXACT, "--fps", "0.0001"), "--fps: 0.0001: give a number, 0.001 to 1000"),
+    (("ref.png", "drive", *EXACT, "--area", "99999999999"), "--area: 99999999999: give a whole number, 256 to 67108864"),
+    (("ref.png", "drive", *EXACT, "-o", "ref_mask.png"), "ref_mask.png is also an input"),
+    (("ref.png", "drive", *EXACT, "-o", "masks/0.png"), "masks/0.png is also an input"),
+    (("ref.png", "drive", *EXACT, "-o", "drive/0.png"), "drive/0.png is also an input")])
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(files, monkeypatch, capsys, arguments, sentence):
     """Never a traceback, never a half-written file."""
     (files / "text.mp4").write_text("not a video")
@@ -882,3 +889,54 @@ def test_a_flag_that_nothing_reads_is_a_mistake(words, said):
     with pytest.raises(ValueError, match=said):
         cues.options(parser.parse_args(words))
     assert cues.options(parser.parse_args(["--cutoff", "0.3"])).cutoff == 0.3
+
+
+def test_gray_is_rec_601():
+    """Red, green and blue tell their weights apart; BGR for RGB would darken skin and brighten jeans."""
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):
+        frame = np.zeros((16, 16, 3), np.uint8)
+        frame[..., channel] = 200
+        cue = pose_cue(frame, np.ones((16, 16), bool), CueOptions(pose="gray"))
+        assert cue.mean() == pytest.approx(200 * weight / 127.5 - 1, abs=0.005)
+
+
+@pytest.mark.parametrize("option", [dict(statistic="max"), dict(cell=8)])
+def test_softening_is_by_the_cells_and_the_statistic_that_are_asked_for(option):
+    hard = extract(CLIP, REFERENCE, GIVEN, CueOptions(location="hard")).body_mask
+    soft = extract(CLIP, REFERENCE, GIVEN, CueOptions(**option)).body_mask
+    np.testing.assert_array_equal(soft, grid_soften(hard, option.get("cell", 16), option.get("statistic", "mean")))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "butterworth", "ideal"])
+def test_the_pose_cue_is_filtered_as_asked_and_stays_in_range_though_a_filter_rings(kind):
+    frame = np.full((32, 32, 3), 255, np.uint8)
+    mask = np.zeros((32, 32), bool)
+    mask[8:24, 10:22] = True
+    cue = pose_cue(frame, mask, CueOptions(kind=kind, cutoff=0.4))
+    smooth = cues.low_pass(np.float32(mask) * 2, 0.4, kind) - 1
+    assert (smooth.max() > 1.01) == (kind != "gaussian")
+    np.testing.assert_allclose(cue[0], smooth.clip(-1, 1), atol=1e-6)
+
+
+def test_a_misaligned_pose_scales_with_the_canvas():
+    """As for the plain cues: twice the size, averaged down, is the same picture."""
+    track, gray = analyse(CLIP, REFERENCE, GIVEN), CueOptions(pose="gray")
+    small, large = (list(render(CLIP, track, size, gray, misalign=(1.2, (-9, 5)))) for size in (None, (2 * H, 2 * W)))
+    for a, b in zip(small, large):
+        assert np.abs(a[0] - b[0].reshape(3, H, 2, W, 2).mean((2, 4))).mean() < 0.03
+
+
+def test_misalign_scales_the_pose_too():
+    track, gray = analyse(CLIP, REFERENCE, GIVEN), CueOptions(pose="gray")
+    boxes = [tight_box(next(iter(render(CLIP, track, None, gray, misalign=m)))[0][0] > -0.9) for m in (None, (0.5, (10, 20)))]
+    np.testing.assert_allclose(boxes[1], 0.5 * boxes[0] + [10, 20, 10, 20], atol=1)
+
+
+def test_area_is_compared_with_the_frames_around_not_with_the_whole_clip():
+    """A person who walks up to the camera grows tenfold, slowly: no fault."""
+    sizes = np.linspace(6, 44, 60).round().astype(int)
+    script = [[(figure(20, y=2, tall=tall, wide=max(tall // 3, 4))[0], 0.95, 0.97)] for tall in sizes]
+    clip = np.repeat(CLIP[:1], len(script), 0)
+    track = analyse(clip, REFERENCE, Finder(Scripted(script)))
+    assert np.ptp([track.mask(k).sum() for k in (0, 59)]) > 9 * track.mask(0).sum()
+    assert (track.scores[2:, 2] < 2).all() and track.accepted[2:].all()

@@ -1,18 +1,23 @@
 """What the network eats: mask pooling, padding, cue encoding, training samples."""
 
 import argparse
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 
+import cues
 import data
-from data import encode_cues, encode_image, image_condition, padded, pool_masks
+import toy
+from data import encode_cues, encode_image, image_condition, padded, pool_masks, to_tensor
 from vae import VAE_PRESETS, CausalVAE
 
 from conftest import ROOT
@@ -160,6 +165,27 @@ def test_a_folder_of_drawn_clips_keeps_its_settings(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             data.main(words + flags)
         assert end.value.code == 2 and message in capsys.readouterr().err
+    before = (tmp_path / "clips.jsonl").read_text()
+    ids = [(line["id"], line["split"]) for line in map(json.loads, before.splitlines())]
+    assert ids == [("000000", "train"), ("1000000", "test")]
+    (tmp_path / "clips.jsonl").write_text(before + before.splitlines()[0].replace("000000", "000001", 1) + "\n")
+    shutil.copy(tmp_path / "cache/000000.safetensors", tmp_path / "cache/000001.safetensors")
+    data.main(words)
+    assert len((tmp_path / "clips.jsonl").read_text().splitlines()) == 3, "asked for fewer, a folder keeps what it has"
+    (tmp_path / "clips.jsonl").write_text(before + "{\n")
+    with pytest.raises(ValueError, match="clips.jsonl, line 3: no clip"):
+        data.read_lines(tmp_path / "clips.jsonl")
+
+
+def test_a_skeleton_and_a_vae_are_asked_for(tmp_path, capsys):
+    for flags, message in (
+        (["--joint-noise", "3"], "--joint-noise 3 is of skeletons"),
+        (["--joint-noise", "-1", "--pose-cue", "skeleton"], "--joint-noise: -1: give a number, 0 or more"),
+        (["--vae", str(data.ASSETS / "toy.safetensors")], "holds a DiT, give a VAE's weights"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            data.main(["toy", "-o", str(tmp_path / "d"), *flags])
+        assert end.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "d").exists()
 
 
 def test_a_folder_of_another_vae_is_named_even_if_it_does_not_say_which(tmp_path):
@@ -183,3 +209,110 @@ def test_a_window_reads_the_reference_and_its_own_part_of_the_cues(ref_slot):
             source = slot + start if slot else {"reference": 0, "copy": start + 1}[ref_slot]
             assert torch.equal(cue_streams[0][b, slot], pose[b, source])
             assert torch.equal(cue_streams[1][b, slot], face[b, source])
+
+
+def test_pictures_are_clamped_and_rounded():
+    """Decoded pixels overshoot: uint8 would wrap white to black; cut off, a picture would darken by half a level."""
+    video = torch.tensor([-1.2, -1.0, 0.0, 1.0, 1.3, 99.6 / 127.5 - 1]).view(1, 1, 6).expand(3, 1, 6)
+    assert data.to_picture(video)[0, :, 0].tolist() == [0, 0, 128, 255, 255, 100]
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    assert np.array_equal(data.to_picture(to_tensor(every)), every)
+
+
+def test_references_are_cached_clean_and_noisy_each_with_its_own_cues():
+    """The clip's own cues are never misaligned, whatever the strength for pseudo ones."""
+    clip, vae = toy.render(1, 1, frames=9, size=32), CausalVAE(VAE_PRESETS["tiny"]).eval()
+    track = cues.analyse(clip.video, clip.video[0], data.toy_finder(clip), data.OWN_PLACE)
+    own = (clip.video, track), (clip.video, track)
+    found = data.encode_clip(vae, clip.video, own, [], torch.zeros(1, 4), (0,), 2, 3, misalign=1.0)
+    frame = found["ref_frame"].numpy()
+    pose, face = (np.stack(part) for part in list(zip(*cues.render(*own[0], options=data.OWN_PLACE)))[:2])
+    one = lambda pictures: data.encode_means(vae, torch.as_tensor(pictures)[:, None])[:, 0]  # noqa: E731
+    assert len(frame) == 3 and frame.max() > 2
+    assert torch.equal(found["ref_clean"], one(to_tensor(clip.video[frame])))
+    assert torch.equal(found["ref_pose"], one(pose[frame])) and torch.equal(found["ref_face"], one(face[frame]))
+    apart = (found["ref_noisy"].float() - found["ref_clean"]).abs().flatten(1).mean(1)
+    assert (apart > 0.001).all() and (apart < found["ref_clean"].float().abs().mean()).all()
+    assert torch.equal(found["pose"][0], data.encode_means(vae, pose[None])[0])
+
+
+def test_failed_pseudo_drivers_show_another_motion_and_good_ones_the_clips():
+    ask = lambda faults, people=None: data.toy_pseudo(  # noqa: E731
+        3, Namespace(pseudo_faults=faults, pseudo_people=people), data.keyed(0)
+    )
+    drawn = lambda who, what: toy.render(who, what, frames=data.TOY_FRAMES, size=data.TOY_SIZE).video  # noqa: E731
+    assert np.array_equal(ask(0.0).video, drawn(500_003, 3))
+    assert np.array_equal(ask(1.0).video, drawn(500_003, 700_003))
+    assert np.array_equal(ask(0.0, people=2).video, drawn(500_001, 3))
+
+
+def test_joint_noise_moves_the_skeleton_by_so_many_pixels(monkeypatch):
+    clip, drawn = toy.render(1, 2, frames=9, size=data.TOY_SIZE), []
+    monkeypatch.setattr(
+        toy, "draw_skeleton", lambda joints, *_: drawn.append(joints) or np.zeros((96, 96, 3), np.uint8)
+    )
+    for noise in (0.0, 3.0):
+        data.toy_pair(clip, Namespace(pose_cue="skeleton", joint_noise=noise), data.keyed(0))
+    assert np.array_equal(drawn[:9], clip.joints)
+    assert np.std(np.array(drawn[9:]) - clip.joints) == pytest.approx(3, rel=0.1)
+
+
+def test_a_cache_that_is_cut_off_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "0.safetensors"
+    data.save_cache({"a": torch.ones(2)}, path)
+    before = path.read_bytes()
+
+    def torn(tensors, where):
+        where.write_bytes(b"half of a fi")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "save_file", torn)
+    with pytest.raises(KeyboardInterrupt):
+        data.save_cache({"a": torch.zeros(2)}, path)
+    assert path.read_bytes() == before
+
+
+def test_cue_variants_have_a_cut_off_and_blank_runs_of_their_own(monkeypatch):
+    """Variant 0 is plain; a pseudo Pose Cue is moved as strongly as its folder says."""
+    clip, asked = toy.render(1, 1, frames=33, size=32), []
+    track = cues.analyse(clip.video, clip.video[0], data.toy_finder(clip), data.OWN_PLACE)
+    row = (np.zeros((3, 8, 8), np.float32),) * 2 + (np.zeros((1, 8, 8), np.float32),) * 2
+    monkeypatch.setattr(
+        cues,
+        "render",
+        lambda *_, options, drop=None, misalign=None: asked.append((options.cutoff, drop)) or iter([row]),
+    )
+    pair = ((clip.video, track),) * 2
+    for k in range(20):
+        data.cue_variant(*[pair[0]] * 2, k, data.keyed(k), 0, data.OWN_PLACE)
+    (plain, drop), *others = asked
+    assert plain == data.OWN_PLACE.cutoff and drop is None
+    assert len({cutoff for cutoff, _ in others}) == 19 and all(0.08 <= cutoff <= 0.2 for cutoff, _ in others)
+    assert 0 < sum(drop.any() for _, drop in others) < 19
+
+
+def test_the_drawn_worlds_folder_keeps_its_flags(tmp_path, monkeypatch):
+    """--misalign, --variants and --refs reach the coder."""
+    got = []
+    monkeypatch.setattr(data, "encode_clip", lambda *_, **settings: got.append(settings) or {})
+    monkeypatch.setattr(data, "save_cache", lambda *_: None)
+    _, args = data.parse_args(["toy", "-o", str(tmp_path), "--misalign", "0.3", "--variants", "2", "--refs", "5"])
+    data.cache_toy_clip(None, 1, args)
+    assert {name: got[0][name] for name in ("misalign", "variants", "refs")} == dict(misalign=0.3, variants=2, refs=5)
+
+
+def test_pieces_that_a_vae_learns_from_are_mirrored_but_never_upside_down():
+    """A clip that grows brighter downwards in red, to the right in green: one of two pieces is a mirror image."""
+    y, x = np.mgrid[:96, :96].astype(np.uint8)
+    ramp = np.stack([y, x, 0 * x], -1)[None].repeat(33, 0)
+    pictures = data.Pictures(Namespace(seed=0), clips=0)
+    pictures.pool = [([ramp], np.ones((33, 96, 96), bool))]
+    ways = []
+    for step in range(12):
+        batch = pictures.batch(step, range(2), 2)
+        red, green = batch["video"][:, 0, 0], batch["video"][:, 0, 1]
+        assert (red.diff(dim=1) > 0).all(), "upside down"
+        ways += (green.diff(dim=2) > 0).all((1, 2)).tolist()
+        f, h, w = batch["noise"].shape[1], *batch["noise"].shape[3:]
+        assert batch["video"].shape[1:] == (4 * f - 3, 3, 8 * h, 8 * w)
+    assert 0.25 < np.mean(ways) < 0.75

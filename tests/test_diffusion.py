@@ -346,3 +346,11 @@ def test_a_perfect_denoiser_recovers_x0_through_windows(schedule):
 
     for sampler in SAMPLERS:
         torch.testing.assert_close(sampler(windows(denoise, 23), start, schedule, 10), clean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_a_bfloat16_answer_is_rounded_once(sampler):
+    """The solver's own arithmetic is in float32: as if the network had said the same numbers in float32."""
+    start, half = torch.randn(2, 3, 4, 5, 6), lambda x, step: torch.cos(x).bfloat16()
+    a = sampler(half, start, Schedule(), 5)
+    assert torch.equal(a, sampler(lambda x, step: half(x, step).float(), start, Schedule(), 5))

@@ -679,3 +679,18 @@ def test_real_architectures_run_with_random_weights(tmp_path, capsys, monkeypatc
     folders = [save_frames(tmp_path / name, frames) for name, frames in (("g", dance[1:4]), ("t", dance[:3]))]
     result = means(tmp_path, capsys, *folders, "--metrics", "lpips,fid,plc")["mean"]
     assert result["lpips"]["mean"] > 0 and result["fid"]["mean"] >= 0 and "plc" in result
+
+
+def test_a_clip_that_breaks_is_named_counted_and_skipped(folders, capsys):
+    """The others are measured; a single one, or the last that is left, is a mistake."""
+    g, t = folders / "generated", folders / "truth"
+    for name in ("good", "bad"):
+        save_frames(g / name, pictures())
+        save_frames(t / name, pictures())
+    broken = sorted((g / "bad").iterdir())[1]
+    broken.write_bytes(b"no picture")
+    evaluate.main([str(g), str(t), "--metrics", "psnr", "-o", str(folders / "out.json")])
+    said, result = capsys.readouterr(), json.loads((folders / "out.json").read_text())
+    assert "bad: skipped, " in said.err and "1 of 4 clips skipped: bad" in said.out
+    assert result["clips"].keys() == {"good", "one", "two"} and result["skipped"].keys() == {"bad"}
+    assert broken.name in mistake(capsys, g / "bad", t / "bad", "--metrics", "psnr")

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from argparse import Namespace
 
 import cv2
 import numpy as np
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 import cues
+import data
 import judge
+import toy
 from evaluate import masked_l1
-from load_cogvideox import load_weights
+from load_cogvideox import load_weights, save_weights
+from model import DIT_PRESETS, DiT
 from video import Video, read_image
 
 
@@ -230,3 +234,102 @@ def test_mistakes_are_found_before_anything_is_sampled(flags, said, capsys, monk
     with pytest.raises(SystemExit) as stop:
         judge.main(flags)
     assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_weights(judge.ASSETS / "toy-vae.safetensors", torch.float32)[0].eval()
+
+
+def test_noise_depends_on_the_pair_and_the_sampling_seed_alone(pairs, vae):
+    def start(numbers, seed):
+        seen = []
+        model = lambda x, *_: seen.append(x[:, :, :16]) or x[:, :, :16]  # noqa: E731
+        _, args = judge.parse_args(["--steps", "1"])
+        judge.generate(model, vae, [pairs[0]] * len(numbers), numbers, args, seed)
+        return seen[0]
+
+    both, other = start([0, 2], 0), start([0, 2], 1)
+    assert torch.equal(both[1:], start([2], 0)), "whatever is sampled beside it"
+    assert not torch.equal(both[0], both[1]) and not torch.equal(both, other)
+
+
+def test_pose_and_face_are_the_drivers_the_place_is_the_clips_own(pairs, vae):
+    """Slot 0 is A's; with B as A nothing but pose and face may change; --face none hides the face."""
+    pair = pairs[0]
+    cues_of = lambda pair, *flags: judge.conditions(vae, pair, judge.parse_args([*flags])[1], 0)[1:]  # noqa: E731
+    pose, face = cues_of(pair)
+    own_pose, own_face = cues_of(pair._replace(seen=pair.truth))
+    for cue, own in ((pose, own_pose), (face, own_face)):
+        assert torch.equal(cue[:, 0], own[:, 0]) and torch.equal(cue[:, :, 16], own[:, :, 16])
+        assert not torch.equal(cue[:, 1:, :16], own[:, 1:, :16])
+    hidden = cues_of(pair, "--face", "none")
+    assert torch.equal(hidden[0], pose) and not hidden[1].any()
+    placed = cues_of(pair, "--place", "driver")
+    assert torch.equal(placed[0][:, :, :16], pose[:, :, :16]) and not torch.equal(placed[0][:, :, 16], pose[:, :, 16])
+
+
+@pytest.mark.parametrize("kind", ["motion_blur", "low_light", "low_resolution"])
+def test_a_weaker_degradation_changes_less(pairs, kind):
+    away = [
+        np.abs(np.float32(judge.draw_pair(0, kind, s).seen.video) - pairs[0].driver.video).mean() for s in (0, 0.5, 1)
+    ]
+    assert away[0] == 0 < away[1] < away[2]
+
+
+def test_low_light_noise_is_another_for_another_seed():
+    video = toy.render(0, 8, frames=1, size=64).video
+    a, b, c = (toy.degrade(video, "low_light", 0.5, seed) for seed in (1, 1, 2))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_no_training_clip_shows_a_judged_person_or_motion(monkeypatch):
+    """By the seeds that data.py and judge.py draw with, at both ends of their ranges; failed pseudo drivers too."""
+    seeds = []
+    monkeypatch.setattr(toy, "render", lambda identity, motion, **_: seeds.extend([identity, motion]))
+    monkeypatch.setattr(judge.toy, "render", lambda identity, motion, *_, **__: seeds.extend([identity, motion]))
+    for number in (0, 99_999, data.HELD_OUT, data.HELD_OUT + 99_999):
+        data.toy_clip(number)
+        data.toy_pseudo(number, Namespace(pseudo_faults=1.0, pseudo_people=None), data.keyed(0))
+    trained = seeds[:]
+    seeds.clear()
+    for number in (0, 9_999):
+        judge.draw_pair(number)
+    assert max(trained) < min(seeds)
+
+
+def test_flags_of_cues_and_sampling_reach_the_model(pairs, vae, monkeypatch):
+    """--location and --face-cue change what the model reads; --steps and --sampler how often and by whom it is asked."""
+    pair = pairs[0]
+    cues_of = lambda *flags: judge.conditions(vae, pair, judge.parse_args([*flags])[1], 0)[1:]  # noqa: E731
+    pose, face = cues_of()
+    none, hard, inplace = cues_of("--location", "none"), cues_of("--location", "hard"), cues_of("--face-cue", "inplace")
+    assert not none[0][:, :, 16].any() and torch.equal(none[0][:, :, :16], pose[:, :, :16])
+    assert not torch.equal(hard[0][:, :, 16], pose[:, :, 16]) and torch.equal(hard[1], face)
+    assert torch.equal(inplace[0], pose) and not torch.equal(inplace[1][:, :, :16], face[:, :, :16])
+    asked = []
+    for name in ("ddim", "dpm_solver"):
+        solver = lambda fused, start, schedule, steps, name=name, **_: asked.append((name, steps)) or start  # noqa: E731
+        monkeypatch.setattr(judge, name, solver)
+    for sampler, steps in (("ddim", 7), ("dpm", 3)):
+        _, args = judge.parse_args(["--sampler", sampler, "--steps", str(steps)])
+        judge.generate(None, vae, [pair], [0], args, 0)
+    assert asked == [("ddim", 7), ("dpm_solver", 3)]
+
+
+def test_a_score_has_each_sampling_seed_and_the_window_of_the_training(tmp_path, monkeypatch):
+    save_weights(tmp_path / "m.safetensors", DiT(DIT_PRESETS["toy"]), preset="toy", stage="1", step=1, window=3)
+    asked = []
+    still = lambda model, vae, pairs, numbers, args, seed, **trained: (
+        asked.append((numbers, seed, trained))
+        or [  # noqa: E731
+            p.truth.video for p in pairs
+        ]
+    )
+    monkeypatch.setattr(judge, "generate", still)
+    _, args = judge.parse_args([str(tmp_path / "m.safetensors"), "--pairs", "2", "--seeds", "2", "--device", "cpu"])
+    answers = judge.score(args)["answers"]
+    assert asked == [([0, 1], seed, {"window": 3}) for seed in (0, 1)]
+    assert (
+        answers["seed 0"]["masked_l1"] == answers["seed 1"]["masked_l1"] == 0 < answers["driver's frames"]["masked_l1"]
+    )

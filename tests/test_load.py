@@ -635,3 +635,13 @@ def test_a_model_gets_the_cues_that_it_was_trained_with(tmp_path):
         check_dit(tmp_path / "hard.safetensors", width, "soft", "none")
     with pytest.raises(ValueError, match=r"was trained with --face none, not centered.*sample.py: --face-cue none"):
         check_dit(tmp_path / "hard.safetensors", width, "hard", "inplace")
+
+
+@pytest.mark.parametrize("header", [{}, {"network": "Nothing"}, {"config": 5}, {"config": {"width": 3}}, []])
+def test_a_damaged_header_is_named(tmp_path, header):
+    path, whole = tmp_path / "w.safetensors", tmp_path / "whole.safetensors"
+    save_weights(whole, small(DiT), preset="tiny", stage="1", step=1)
+    bad = read_header(whole) | header if header else header
+    save_file({"a": torch.zeros(1)}, path, {"directanimator": json.dumps(bad)})
+    with pytest.raises(ValueError, match="w.safetensors: a damaged header"):
+        read_header(path)

@@ -14,7 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import attend, DIT_PRESETS, CueFusion, DiT, DiTConfig, patchify, rope_table, rotate, sinusoid, unpatchify
+from model import (
+    attend,
+    CueCrossAttention,
+    CueFusion,
+    DIT_PRESETS,
+    DiT,
+    DiTConfig,
+    patchify,
+    rope_table,
+    rotate,
+    sinusoid,
+)
+from model import unpatchify
 
 CONFIG = DiTConfig(
     dim=96,
@@ -545,3 +557,56 @@ def test_attention_written_out_for_training_is_the_fused_one():
     for a, b in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (found, expected))):
         assert torch.allclose(a, b, rtol=1e-10)
     assert torch.allclose(attend(q.detach(), k, v), expected, rtol=1e-12)
+
+
+def test_cross_attention_looks_from_and_at_the_videos_own_places():
+    """CA injection: the table begins with the text, whose rows are not the cues'."""
+    layer = CueCrossAttention(96, 3)
+    x, pose, face = torch.randn(3, 2, 30, 96)
+    with_text, alone = (rope_table(length, (2, 3, 5), 32, "cpu") for length in (7, 0))
+    out, *_ = layer(x, pose, face, None, with_text)
+    torch.testing.assert_close(out - x, layer.attn(x, alone, context=layer.norm_pose(pose) + layer.norm_face(face)))
+
+
+def test_streams_keep_their_dtype_whatever_the_factors_have():
+    """On a GPU autocast computes LayerNorm in float32: the streams, kept for the backward pass, would take twice the memory."""
+    layer, streams = CueFusion(32, 8), torch.randn(2, 2, 5, 32).bfloat16()
+    x, *out = layer(torch.randn(2, 5, 32), *streams, torch.randn(2, 8), None)
+    assert x.dtype == torch.float32 and [stream.dtype for stream in out] == [torch.bfloat16] * 2
+
+
+def test_a_bfloat16_model_tells_all_steps_apart():
+    """A step is turned into its embedding before it is rounded: bfloat16 knows no 999, only 1000."""
+    model, seen = trained().bfloat16(), []
+    model.time_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    latents, _, text, pose, face = inputs()
+    model(latents, torch.tensor([999, 257]), text, pose, face)
+    assert torch.equal(seen[0], sinusoid(torch.tensor([999, 257]), 96).bfloat16())
+
+
+def test_a_fresh_model_starts_at_nothing():
+    """adaLN and the output at zero, as DiT starts: every block is the identity, v is 0."""
+    model = DiT(CONFIG)
+    latents, step, text, pose, face = inputs()
+    v, tokens = model(latents, step, text, pose, face, tap=3)
+    assert not v.any() and torch.equal(tokens, model.embed(latents, step, text, pose, face)[0])
+
+
+@pytest.mark.parametrize("name, heads", [("cogvideox1.5-5b", 48), ("toy", 4)])
+def test_presets_have_heads_of_64(name, heads):
+    """No parameter's shape tells a wrong number of heads."""
+    config = DIT_PRESETS[name]
+    assert config.num_heads == heads and config.dim // config.num_heads == 64
+
+
+def test_rotation_is_in_float32_and_rounded_once():
+    """bfloat16 has 8 bits: an angle's cosine rounded first would shift far tokens by a place."""
+    x, (cos, sin) = torch.randn(1, 2, 30, 32).bfloat16(), rope_table(0, (2, 3, 5), 32, "cpu")
+    assert torch.equal(rotate(x, (cos, sin)), rotate(x.double(), (cos, sin)).bfloat16())
+
+
+def test_epsilons_are_cogvideox():
+    """1e-6 where q and k are normalised, 1e-5 elsewhere: too small a difference for outputs of random networks."""
+    norms = {name: m.eps for name, m in DiT(CONFIG).named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    assert {eps for name, eps in norms.items() if name.endswith(("norm_q", "norm_k"))} == {1e-6}
+    assert {eps for name, eps in norms.items() if not name.endswith(("norm_q", "norm_k"))} == {1e-5}

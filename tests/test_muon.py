@@ -60,3 +60,22 @@ def test_a_step_without_gradients_moves_nothing():
     p = torch.nn.Parameter(torch.ones(4, 4))
     Muon([p], lr=1.0).step()
     assert torch.equal(p, torch.ones(4, 4))
+
+
+def test_a_matrix_without_a_gradient_stays_finite():
+    """Fresh cue layers have gradients of exactly 0 in the first step: 0 / 0 would be NaN from then on."""
+    p = torch.nn.Parameter(torch.ones(16, 32))
+    p.grad = torch.zeros_like(p)
+    Muon([p], lr=1.0).step()
+    assert torch.equal(p, torch.ones(16, 32))
+
+
+def test_16_rows_and_columns_are_a_matrix_and_15_are_not():
+    for shape, expected in (
+        ((16, 16), True),
+        ((15, 99), False),
+        ((99, 15), False),
+        ((16, 2, 2, 4), True),
+        ((16,), False),
+    ):
+        assert is_matrix(torch.zeros(shape)) == expected, shape

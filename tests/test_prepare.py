@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from argparse import Namespace
 from itertools import islice
 
@@ -723,3 +724,103 @@ def test_all_real_clips_killed_ten_times_or_on_two_ranks_make_the_same_folder(as
         assert found.keys() == expected.keys()
         assert [path for path in expected if found[path] != expected[path]] == []
     assert run("check", tmp_path / "killed")[0] == 0
+
+
+def tracked(clip):
+    return list(clip.video), cues.analyse(clip.video, clip.video[0], data.toy_finder(clip), prepare.OWN_PLACE)
+
+
+def asked(**changes):
+    return Namespace(**dict(masks=None, min_detail=0.0, min_pose=0.0, min_faces=0.0, max_identity=0.4) | changes)
+
+
+@pytest.mark.parametrize("cosine, reason", [(0.3, None), (0.5, "identity: 0.50 is above 0.4")])
+def test_a_pseudo_video_of_the_clips_own_person_is_rejected(tmp_path, monkeypatch, cosine, reason):
+    """By the cosine of both faces' embeddings: 1 is the same face."""
+    clip = toy.render(1, 1, frames=9, size=64)
+    write_video(tmp_path / "other.mp4", clip.video, 16)
+    faces = iter([np.array([1.0, 0.0]), np.array([cosine, (1 - cosine**2) ** 0.5])])
+    monkeypatch.setattr(prepare, "identity", lambda frames, track, embed: next(faces))
+    own = tracked(clip)
+    monkeypatch.setattr(cues, "analyse", lambda *_: own[1])
+    found, _ = prepare.verdict_on(asked(), "body", tmp_path / "other.mp4", own, data.toy_finder(clip), print)
+    assert found["reason"] == reason and found["identity"] == cosine
+
+
+def test_a_body_goes_with_the_face_of_its_own_name_else_with_any(monkeypatch):
+    kept = lambda args, kind, path, *_: ({"reason": None}, (kind, path.stem))  # noqa: E731
+    monkeypatch.setattr(prepare, "verdict_on", kept)
+    files = {
+        kind: [prepare.Path(f"{name}.mp4") for name in names] for kind, names in (("body", "abc"), ("face", "xba"))
+    }
+    _, pairs, names = prepare.find_pairs(None, files, None, None, None)
+    assert [(body, face) for (_, body), (_, face) in pairs] == [("a", "a"), ("b", "b"), ("c", "a")]
+    assert names[1] == {"body": "b.mp4", "face": "b.mp4"}
+
+
+def test_where_the_pseudo_person_is_lost_the_poses_do_not_agree():
+    """Half of the frames rejected: half of the agreement, whatever their masks are."""
+    _, own = tracked(toy.render(1, 1, frames=8, size=64))
+    _, other = tracked(toy.render(1, 1, frames=8, size=64))
+    assert prepare.pose_agreement(own, other) == 1
+    other.accepted[::2] = False
+    assert prepare.pose_agreement(own, other) == 0.5
+    moved = [np.roll(own.mask(k), 3, 1) for k in range(8)]
+    assert not any(mask[:, :3].any() for mask in moved)
+    other.masks, other.body_boxes = [zlib.compress(np.packbits(m)) for m in moved], own.body_boxes + [3, 0, 3, 0]
+    other.accepted[:] = True
+    assert prepare.pose_agreement(own, other) == 1, "wherever she stands"
+
+
+def test_a_clip_starts_at_its_frame_of_the_source(tmp_path):
+    """At every second frame of 32 a second: the scene that begins at frame 24 is piece 12, of 16 frames a second."""
+    video = np.concatenate([np.full((24, 16, 16, 3), 10, np.uint8), np.full((12, 16, 16, 3), 240, np.uint8)])
+    write_video(tmp_path / "v.mp4", video, 32)
+    args = Namespace(fps=16.0, folder_fps=30.0, masks=None, max_frames=97)
+    found = [(start, fps, len(piece)) for start, fps, _, piece in prepare.read_pieces(args, "v", tmp_path / "v.mp4")]
+    assert found == [(0, 16, 12), (24, 16, 6)]
+
+
+def test_of_a_clip_most_frames_must_be_accepted_and_its_own_prompt_is_encoded(tmp_path, monkeypatch):
+    clip, prompts = toy.render(1, 1, frames=9, size=64), []
+    for folder in ("cache", "videos", "cues"):
+        (tmp_path / folder).mkdir()
+    vae = prepare.CausalVAE(prepare.VAE_PRESETS["tiny"]).eval()
+    args = Namespace(output=tmp_path, masks=None, variants=1, refs=1)
+    line = dict(id="a_000000", height=64, width=64, fps=16, prompt="a dancer")
+    _, track = tracked(clip)
+    monkeypatch.setattr(cues, "analyse", lambda *_: track)
+    encode = lambda prompt: prompts.append(prompt) or torch.zeros(1, 4)  # noqa: E731
+    make = lambda: prepare.prepare_clip(  # noqa: E731
+        args, line, [(frame, None) for frame in clip.video], finder.Finder(), vae, encode
+    )
+    track.accepted[:5] = False
+    assert make() == "5 of 9 frames are rejected" and not prompts
+    track.accepted[0] = True
+    assert make() is None and prompts == ["a dancer"]
+    assert json.loads((tmp_path / "cues/a_000000/clip.json").read_text())["accepted"] == 5
+
+
+def test_the_null_text_is_t5s_of_the_empty_prompt(folder):
+    """Without a tokenizer every prompt is that."""
+    null = load_file(folder / "null_text.safetensors")["text"]
+    assert null.any() and torch.equal(null, load_file(folder / "cache" / "00336_000000.safetensors")["text"])
+
+
+def test_pseudo_cues_that_are_rejected_now_leave_the_cache(copied, performers, tmp_path):
+    root = shutil.copytree(performers, tmp_path / "pseudo")
+    cached = lambda: [n for n in load_file(copied / "cache" / "dance_000000.safetensors") if n.startswith("pseudo")]  # noqa: E731
+    assert add(copied, root)[0] == 0 and len(cached()) == 2
+    assert add(copied, root, "--min-pose", 1)[0] == 0 and not cached()
+
+
+def test_sharpness_is_judged_where_the_person_or_the_face_is_seen():
+    """Frames that are rejected, or show no face, do not blur the verdict."""
+    frames, track = tracked(toy.render(1, 1, frames=8, size=64))
+    for kind in ("body", "face"):
+        seen = np.arange(8) < 3
+        track.accepted, track.face_boxes = seen, np.where(seen[:, None], [20.0, 5.0, 40.0, 25.0], np.nan)
+        few = prepare.sharpness(frames[:3] + [np.zeros_like(frames[0])] * 5, track, kind)
+        assert few == prepare.sharpness(frames, track, kind) > 0
+    track.face_boxes = np.full((8, 4), np.nan)
+    assert np.isnan(prepare.sharpness(frames, track, "face"))

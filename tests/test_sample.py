@@ -6,18 +6,23 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+import torch
 
 import cues
 import finder
 import sample
 import toy
+from data import to_picture, to_tensor
+from diffusion import Schedule, ddim
 from load_cogvideox import save_weights
 from model import DIT_PRESETS, DiT
+from vae import VAE_PRESETS, CausalVAE
 from video import Video, read_image, write_image, write_video
 
 from conftest import ROOT
@@ -332,7 +337,7 @@ def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
         (["--guidance", "0"], "--guidance needs a --backbone"),
         (["--no-sequential"], "--sequential needs a --backbone"),
         (["--preset", "tiny", "--guidance", "1", "--guidance-interval", "0", "0.5"], "--guidance 1 turns guidance off"),
-        (["--steps", "0"], "give 1 to 1000"),
+        (["--steps", "0"], "--steps: 0: give a whole number, 1 to 1000"),
         (["--area", "-1"], "--area: -1: give a whole number"),
         (["--preset", "tiny", "--backbone", "x"], "--preset"),
     ):
@@ -525,3 +530,150 @@ def test_memory_does_not_grow_with_the_clip_and_no_frame_is_lost(tmp_path):
         print(f"\n{frames} frames: peak anonymous memory {peaks[frames]:.3f} GiB, {seconds:.0f} s")
         assert len(list(Video(tmp_path / "out.mp4"))) == frames
     assert peaks[1000] < 1.1 * peaks[100]
+
+
+def test_cues_are_scaled_and_the_reference_is_not(example):
+    """The reference's own cues in slot 0, the driver's behind them, times the VAE's factor of 0.7; and back in `pictures`."""
+    vae = CausalVAE(VAE_PRESETS["tiny"]).eval()
+    rng = np.random.default_rng(0)
+    row = lambda: (*rng.uniform(-1, 1, (2, 3, 16, 24)).astype(np.float32), *np.ones((2, 1, 16, 24), np.float32))  # noqa: E731
+    own, drive = [row()], [row() for _ in range(9)]
+    reference = rng.integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    with torch.no_grad():
+        image, *streams = sample.encode(None, vae, "cpu", reference, own, drive)
+        assert torch.equal(image, vae.encode(to_tensor(reference)[None, None])[0][:, 0])
+        for k, cue in enumerate(streams):
+            expected = [vae.encode(torch.from_numpy(np.stack([r[k] for r in rows]))[None])[0] for rows in (own, drive)]
+            torch.testing.assert_close(cue[:, :, :16], 0.7 * torch.cat(expected, 1))
+        latents = torch.randn(1, 3, 16, 2, 3)
+        shown = list(sample.pictures(vae, latents, 7, "cpu"))
+        np.testing.assert_array_equal(np.stack(shown), to_picture(vae.decode(latents / 0.7)[0])[:7])
+
+
+def constant(seen):
+    """A network that answers 0.1 everywhere and notes what it was given."""
+
+    def dit(x, step, text, pose, face):
+        seen.append(x)
+        return torch.full_like(x[:, :, :16], 0.1)
+
+    return dit
+
+
+def denoised(args, dit, latents=7, window=13, ref_slot="reference"):
+    cue, image = torch.zeros(1, 1 + latents, 17, 2, 2), torch.zeros(1, 16, 2, 2)
+    return sample.denoise(args, dit, "cpu", torch.zeros(1, 3, 5), image, cue, cue, window, ref_slot)[0]
+
+
+def test_long_clips_are_sampled_in_the_windows_of_the_training(example, tmp_path):
+    seen = []
+    _, args = sample.parse_args(arguments(example, "--steps", 1, masks=None))
+    assert denoised(args, constant(seen), window=3).shape[1] == 7
+    assert [x.shape[1] for x in seen] == [4, 4, 4], "windows of 3 at 0, 2 and 4, each with slot 0"
+    save_weights(tmp_path / "w.safetensors", DiT(DIT_PRESETS["tiny"]), stage="2", step=1, window=3, ref_slot="copy")
+    _, args = sample.parse_args(arguments(example, "--checkpoint", tmp_path / "w.safetensors", masks=None))
+    assert sample.open_transformer(args, torch.float32)[1] == {"window": 3, "ref_slot": "copy"}
+
+
+def test_the_seed_is_of_all_noise_and_the_sampler_the_one_that_is_asked_for(example):
+    """dpm keeps nothing of its start where the answer is constant: what differs are its later draws. ddim, by itself."""
+    seeded = lambda seed, *flags: denoised(  # noqa: E731
+        sample.parse_args(arguments(example, "--steps", 3, "--seed", seed, *flags, masks=None))[1], constant([])
+    )
+    a, b, c = (seeded(seed) for seed in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.allclose(a, c, atol=0.01)
+    start = torch.randn(1, 8, 16, 2, 2, generator=torch.Generator().manual_seed(5))
+    expected = ddim(lambda x, step: torch.full_like(x, 0.1), start, Schedule(), 3)[:, 1:]
+    torch.testing.assert_close(seeded(5, "--sampler", "ddim"), expected)
+
+
+def test_the_prompt_comes_first_the_null_text_second_and_each_backbone_has_its_own(example, tmp_path, monkeypatch):
+    """As `denoise` reads them; remembered under prompt, backbone and dtype."""
+
+    class T5(torch.nn.Module):
+        blocks = torch.nn.ModuleList()
+
+        def forward(self, ids):
+            return ids[..., None].float()
+
+    made = []
+    tokenizer = lambda prompts: torch.full((1, 226), len(prompts[0]))  # noqa: E731
+    monkeypatch.setattr(
+        sample, "open_text_encoder", lambda args, dtype: made.append(args.backbone) or (tokenizer, T5())
+    )
+    ask = lambda backbone, prompt: sample.encode_text(  # noqa: E731
+        Namespace(preset=None, prompt=prompt, guidance=3, backbone=backbone, cache=tmp_path / "cache", offload=False),
+        torch.device("cpu"),
+        torch.float32,
+    )
+    prompt, null = ask(tmp_path / "a", "a dancer")
+    assert (prompt == 8).all() and torch.equal(null[:, 0], sample.empty_prompt()[0].float())
+    for backbone, prompt in (("a", "a dancer"), ("a", "a man"), ("b", "a dancer")):
+        ask(tmp_path / backbone, prompt)
+    assert [path.name for path in made] == ["a", "a", "b"]
+
+
+@pytest.mark.parametrize("name, k", [("pose", 0), ("face", 1)])
+def test_a_cue_of_another_video_replaces_that_cue_alone(example, tmp_path, name, k):
+    """The other video is picked at --fps as the driver is."""
+    other = toy.render(7, 9, frames=10, size=64)
+    write_video(tmp_path / "other.mp4", other.video, Fraction(8))
+    for folder, clip in (("own", toy.render(1, 2, frames=10, size=64)), ("others", other)):
+        (tmp_path / folder).mkdir()
+        for i in range(0, 10, 2):
+            write_image(tmp_path / folder / f"{i:03d}.png", finder.paint_mask(clip.body[i], clip.face[i]))
+    flags = ["--fps", 4, f"--{name}", tmp_path / "other.mp4", f"--{name}-masks", tmp_path / "others"]
+    rows = []
+    for extra in ([], flags[2:]):
+        _, args = sample.parse_args(arguments(example, *flags[:2], *extra, masks=tmp_path / "own"))
+        options, video = cues.options(args), Video(args.drive, fps=args.fps)
+        reference = sample.cover(read_image(args.reference), 96, 64)
+        track = cues.analyse(video, reference, finder.from_arguments(args), options)
+        rows.append(list(sample.driving_rows(args, video, track, reference, options)()))
+    assert len(rows[0]) == len(rows[1]) == 5
+    for plain, row in zip(*rows):
+        assert [not np.array_equal(a, b) for a, b in zip(plain, row)] == [j == k for j in range(4)]
+
+
+def test_another_person_is_another_track(example, tmp_path, monkeypatch):
+    """--person must not find the cached masks of whom was followed before."""
+    found = []
+    monkeypatch.setattr(cues, "analyse", lambda *_: found.append(1) or Namespace(save=lambda path: path.touch()))
+    monkeypatch.setattr(cues.Track, "load", lambda path: path.stat())
+    for person in (1, 2, 2):
+        _, args = sample.parse_args(arguments(example, "--person", person, masks=None))
+        args.cache = tmp_path
+        sample.analysed(
+            args, Video(args.drive), np.zeros((16, 16, 3), np.uint8), lambda: None, None, cues.options(args)
+        )
+    assert len(found) == 2
+
+
+def test_slot_0_is_dropped_and_the_frames_stay_in_order(example):
+    """A network that answers with minus a slot's number: of one step of DDIM, which takes v at 999 for -x0, the number is left."""
+    count = lambda x, *_: -torch.arange(x.shape[1]).view(1, -1, 1, 1, 1).expand(1, -1, 16, 2, 2).float()  # noqa: E731
+    _, args = sample.parse_args(arguments(example, "--steps", 1, "--sampler", "ddim", masks=None))
+    assert denoised(args, count)[0, :, 0, 0, 0].tolist() == pytest.approx([1, 2, 3, 4, 5, 6, 7])
+
+
+def test_a_damaged_memory_is_made_anew(example, tmp_path):
+    """A cut or empty file in --cache is as good as none."""
+    run(example, "-o", tmp_path / "a.mp4", "--cache", tmp_path / "cache")
+    for path in (tmp_path / "cache").rglob("*.*"):
+        path.write_bytes(path.read_bytes()[:100])
+    run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    (path,) = (tmp_path / "cache" / "text").iterdir()
+    path.write_bytes(b"")
+    run(example, "-o", tmp_path / "b.mp4", "--cache", tmp_path / "cache")
+
+
+def test_latents_that_are_not_finite_are_no_video(example, tmp_path):
+    """Decoded, they would be black, and tagged as the result."""
+    dit = DiT(DIT_PRESETS["tiny"])
+    dit.patch_embed.bias.data.fill_(float("nan"))
+    save_weights(tmp_path / "w.safetensors", dit, stage="2", step=1)
+    assert "latents are not finite" in mistake(
+        example, "-o", tmp_path / "a.mp4", "--checkpoint", tmp_path / "w.safetensors"
+    )
+    assert not (tmp_path / "a.mp4").exists()

@@ -399,3 +399,27 @@ def test_command_refuses_mistakes_in_one_sentence(arguments, message, tmp_path):
     command = [sys.executable, toy.__file__, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2 and message in run.stderr and "Traceback" not in run.stderr
+
+
+def test_a_shutter_is_open_around_its_frame():
+    """The mean of eight moments, evenly about the frame's own: a blur that lags would move every pose cue back."""
+    blurred = toy.render(3, 3, camera=STILL, frames=1, start=10, shutter=2).video.astype(float)
+    moments = [toy.render(3, 3, camera=STILL, frames=1, start=10 + 2 * (k - 3.5) / 8).video for k in range(8)]
+    assert np.abs(blurred - np.mean(moments, 0)).max() <= 0.5
+
+
+def test_the_scene_moves_with_the_camera():
+    """A pan moves scene and person alike; a person who slides over a fixed wall would skate."""
+    seed = next(s for s in range(99) if np.ptp(toy.camera_track(s, np.arange(48) / toy.FPS, 96, 96)["pan"][:, 0]) > 4)
+    track = toy.camera_track(seed, np.arange(48) / toy.FPS, 96, 96)
+    a, b = track["pan"][:, 0].argmin(), track["pan"][:, 0].argmax()
+    clip = toy.render(1, 3, camera=seed, frames=48)
+    shift = np.float64([[1, 0, track["pan"][b, 0] - track["pan"][a, 0]], [0, 1, 0]])
+    ratio = track["zoom"][b] / track["zoom"][a]
+    middle = 47.5
+    shift = np.float64([[ratio, 0, middle * (1 - ratio) + track["pan"][b, 0] - ratio * track["pan"][a, 0]], [0, ratio, middle * (1 - ratio)]])
+    moved = cv2.warpAffine(clip.video[a], shift, (96, 96))
+    clear = ~(clip.body[a] | clip.body[b])
+    clear[:, :8] = clear[:, -8:] = clear[:8] = clear[60:] = False
+    error = lambda picture: np.abs(picture.astype(float) - clip.video[b])[clear].mean()  # noqa: E731
+    assert error(moved) < 0.5 * error(clip.video[a])

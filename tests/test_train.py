@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cues
 import load_cogvideox
 import ranks
 import train
@@ -854,8 +855,17 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
         ("--keep", -1),
         ("--lr", -1),
         ("--cooldown", 7),
+        ("--lr", "nan"),
+        ("--cue-lr", -1),
+        ("--noise-shift", 0),
+        ("--weight-decay", "inf"),
+        ("--seed", -1),
     ):
-        assert f"{flag} {value}" in mistake(folder, tmp_path / "r", flag, value)
+        assert f"{flag}: {value}: give a" in mistake(folder, tmp_path / "r", flag, value)
+    assert "--window 4" in mistake(folder, tmp_path / "r", "--window", 4)
+    assert "--align-depth 3: the blocks count from 1 to 2" in mistake(
+        folder, tmp_path / "r", "--teacher", teacher, "--align-depth", 3, stage="2"
+    )
     assert "nowhere" in mistake(folder, tmp_path / "r", "--vae", tmp_path / "nowhere", "--eval-every", 1), (
         "before step 1"
     )
@@ -871,4 +881,348 @@ def test_mistakes_are_named_in_one_sentence(folder, teacher, tmp_path):
     assert "stage-1" in mistake(folder, tmp_path / "r", "--teacher", tmp_path / "s2", stage="2")
     assert "is a run of stage 2" in mistake(folder, tmp_path / "s2", "--resume")
     assert "not of --optimizer muon" in mistake(folder, teacher, "--resume", "--optimizer", "muon", "--steps", 4)
-    assert "finite" in mistake(folder, tmp_path / "r", "--lr", 1e30, "--steps", 8, "--clip", 1e30, "--warmup", 0)
+    assert "finite" in mistake(folder, tmp_path / "r", "--lr", 100, "--steps", 8, "--clip", 1e30, "--warmup", 0)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_sharded_gradients_are_summed_in_float32_and_blocks_dropped_if_asked(monkeypatch, full):
+    """--shard full drops a block's weights after its forward pass, optimizer does not; RoPE is not cast to bfloat16."""
+    asked = []
+    monkeypatch.setattr(ranks, "fully_shard", lambda part, **how: asked.append(how))
+    source = DiT(DIT_PRESETS["tiny"])
+    here = SimpleNamespace(mesh=None, device=torch.device("cpu"))
+    model = ranks.shard(source, full, here, torch.bfloat16, torch.float32)
+    assert len(asked) == len(source.blocks) + 1
+    for how in asked:
+        policy = how["mp_policy"]
+        assert (policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs) == (
+            torch.bfloat16,
+            torch.float32,
+            False,
+        )
+        assert how["reshard_after_forward"] == full
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters()))
+
+
+def test_the_poorest_rank_decides(monkeypatch):
+    """What fits is planned for the rank with the least memory."""
+    asked = []
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda value, op: asked.append(op))
+    assert ranks.Ranks.least(SimpleNamespace(count=2, device="cpu"), 5.0) == 5.0
+    assert asked == [ranks.dist.ReduceOp.MIN]
+
+
+def test_swapped_weights_come_back_after_an_error():
+    model, ema = torch.nn.Linear(2, 2), {}
+    ema = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), ranks.swapped(model, ema):
+        assert not any(p.any() for p in model.parameters())
+        1 / 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(value.any() for value in ema.values())
+
+
+def test_the_denoising_loss_equals_the_page():
+    """Noisy latents first, the condition behind them; the mean squared error of v, a number a sample. A loop, float64."""
+    seen = []
+
+    class Constant(torch.nn.Module):
+        def forward(self, x, step, text, pose, face, tap):
+            seen.append(x)
+            return torch.full_like(x[:, :, :16], 0.3), None
+
+    latents, noise, condition = torch.randn(3, 2, 2, 16, 3, 4, dtype=torch.float64)
+    batch = dict(latents=latents, noise=noise, condition=condition, step=torch.tensor([37, 800]), text=None)
+    loss = train.Denoising(Constant(), 1)(batch)["denoise"]
+    for b, step in enumerate((37, 800)):
+        alpha = train.Schedule().alphas_cumprod[step].item()
+        x0, eps = latents[b].numpy(), noise[b].numpy()
+        np.testing.assert_allclose(seen[0][b, :, :16], alpha**0.5 * x0 + (1 - alpha) ** 0.5 * eps)
+        np.testing.assert_array_equal(seen[0][b, :, 16:], condition[b])
+        v = alpha**0.5 * eps - (1 - alpha) ** 0.5 * x0
+        assert loss[b].item() == pytest.approx(((0.3 - v) ** 2).mean(), rel=1e-12)
+
+
+def test_one_training_at_a_time_writes_into_a_run_folder(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('mine', flush=True); input()"
+    command = [sys.executable, "-c", code, tmp_path / "run" / ".lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        assert "another train.py writes there" in mistake(folder, tmp_path / "run", "--steps", 1)
+        other.communicate("\n")
+    run_training(folder, tmp_path / "run", "--steps", 1)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_fault(folder, tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise ranks.CheckpointException("write", {0: (KeyboardInterrupt(), None)})
+
+    monkeypatch.setattr(ranks.dcp, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(folder, tmp_path / "run", "--steps", 1)
+
+
+def test_a_log_that_was_spoiled_stops_nothing(folder, tmp_path):
+    """Lines that are no record are left out of plots and judgements, and dropped by --resume."""
+    run = run_training(folder, tmp_path / "run", "--steps", 2, "--log-every", 1)
+    records = ranks.read_log(run)
+    with open(run / "log.jsonl", "a") as file:
+        file.write('garbage\n5\n{}\n{"step": 3, "den')
+    assert ranks.read_log(run) == records
+    run_training(folder, run, "--steps", 3, "--log-every", 1, "--eval-every", 3, "--resume")
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()][:2] == [1, 2]
+    assert (run / "loss.png").exists()
+
+
+def test_weights_name_the_window_that_they_were_trained_on(folder, tmp_path):
+    run = run_training(folder, tmp_path / "run", "--steps", 1, "--window", 101)
+    assert load_cogvideox.read_header(newest_weights(run))["window"] == 9, "no clip is longer"
+
+
+def test_an_export_spares_the_run(folder, tmp_path):
+    run = run_training(folder, tmp_path / "run", "--steps", 1)
+    for output, words in (
+        (newest_weights(run), "also an input"),
+        (tmp_path / "no" / "w.safetensors", "does not exist"),
+        (run / "w.pt", "must end in .safetensors"),
+    ):
+        with pytest.raises((ValueError, OSError), match=words):
+            train.export(run, output)
+
+
+def test_lambda_weighs_same2x():
+    losses = {"denoise": torch.tensor([1.0, 3.0]), "s2x": torch.tensor([-1.0, 0.0])}
+    assert train.total_loss(losses, SimpleNamespace(s2x_weight=0.25)).item() == pytest.approx(2 - 0.25 * 0.5)
+
+
+def test_an_update_clips_steps_at_each_groups_rate_and_averages(folder, tmp_path):
+    """Plain gradient descent, written out: the second of four warm-up steps, a gradient of norm 10 clipped to 2."""
+    flags = "--lr", 0.5, "--warmup", 4, "--clip", 2, "--ema", 0.75, "--steps", 10, "--cooldown", 0
+    _, args = train.parse_args(arguments(folder, tmp_path, *flags))
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    model.weight.data = torch.tensor([[3.0, -1.0]], dtype=torch.float64)
+    ema = {"weight": torch.tensor([[2.0, 2.0]], dtype=torch.float64)}
+    optimizer = torch.optim.SGD([{"params": [model.weight], "rate": 3.0}], lr=99)
+    model.weight.grad = torch.tensor([[6.0, 8.0]], dtype=torch.float64)
+    assert train.update(model, ema, [optimizer], 1, args) == pytest.approx(10)
+    after = [w - 0.5 * 2 / 4 * 3 * g * 2 / 10 for w, g in ((3, 6), (-1, 8))]
+    assert model.weight[0].tolist() == pytest.approx(after, rel=1e-6) and model.weight.grad is None
+    assert ema["weight"][0].tolist() == pytest.approx([0.75 * 2 + 0.25 * w for w in after], rel=1e-6)
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(folder, tmp_path):
+    """By the norm in the log: a sum in place of the mean would be clipped, and so go unseen."""
+    norms = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        flags = "--batch", batch, "--accumulate", accumulate, "--dtype", "float64", "--steps", 2, "--log-every", 1
+        run = run_training(folder, tmp_path / str(batch), *flags)
+        norms.append([json.loads(line)["grad"] for line in (run / "log.jsonl").read_text().splitlines()])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+
+
+def test_the_log_has_means_and_the_loss_by_noise_level():
+    meter, alone = train.Meter("cpu"), SimpleNamespace(sum=lambda value: value)
+    meter.add({"denoise": torch.tensor([1.0, 3.0])}, torch.tensor([50, 999]))
+    meter.add({"denoise": torch.tensor([5.0])}, torch.tensor([99]))
+    assert meter.read(alone) == {"denoise": 3.0, "denoise_by_step": [3.0, *[None] * 8, 3.0]}
+    assert meter.read(alone) == {}, "a line counts what came since the line before"
+
+
+def test_a_seed_is_of_the_weights_too(folder, tmp_path):
+    build = lambda seed: train.build(train.parse_args(arguments(folder, tmp_path, "--seed", seed))[1])  # noqa: E731
+    a, b, c = (build(seed).patch_embed.weight for seed in (5, 5, 6))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_an_exported_vae_has_latents_that_need_no_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "latent_statistics", lambda vae: (torch.zeros(16), torch.full((16,), 2.0)))
+    torch.manual_seed(0)
+    save_weights(tmp_path / "run.safetensors", CausalVAE(VAE_PRESETS["tiny"]), stage="vae", step=1)
+    train.export(tmp_path / "run.safetensors", tmp_path / "out.safetensors")
+    before, after = (load_weights(tmp_path / name, torch.float32)[0] for name in ("run.safetensors", "out.safetensors"))
+    assert before.config.scaling_factor == 0.7 and after.config.scaling_factor == 1
+    video = torch.rand(1, 1, 3, 16, 16)
+    torch.testing.assert_close(2 * after.encode(video)[0], before.encode(video)[0], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("flag", ["--checkpointing", "--no-checkpointing"])
+def test_checkpointing_reaches_the_model(folder, tmp_path, flag):
+    _, args = train.parse_args(arguments(folder, tmp_path, flag))
+    objective, _, _ = train.wrap(args, train.Ranks("cpu"), torch.float32, torch.float32)
+    assert objective.model.checkpointing == (flag == "--checkpointing")
+
+
+def test_reports_are_made_with_the_averaged_weights(folder, tmp_path, monkeypatch):
+    seen = []
+
+    def look(objective, *_):
+        seen.append({name: p.detach().clone() for name, p in objective.model.named_parameters()})
+        return 0.0
+
+    monkeypatch.setattr(train, "held_out_loss", look)
+    run = run_training(folder, tmp_path / "run", "--steps", 2, "--eval-every", 2)
+    averaged, trained = weights_of(run, "ema"), weights_of(run)
+    assert all(torch.equal(seen[0][name], averaged[name]) for name in averaged)
+    assert not all(torch.equal(seen[0][name], trained[name]) for name in averaged)
+
+
+def test_noise_and_targets_stay_float32_beside_a_bfloat16_network(folder, tmp_path, monkeypatch):
+    """bfloat16 noise would lose the small noise of the first steps, and the target half of its digits."""
+    seen, forward = [], train.Denoising.forward
+    monkeypatch.setattr(train.Denoising, "forward", lambda self, batch: (seen.append(batch), forward(self, batch))[1])
+    run = run_training(folder, tmp_path / "run", "--steps", 1, "--dtype", "bfloat16")
+    assert {seen[0][name].dtype for name in ("latents", "noise", "condition", "pose")} == {torch.float32}
+    assert {value.dtype for value in weights_of(run).values()} == {torch.float32}
+
+
+def test_training_clips_in_a_report_are_shown_without_dropouts(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    (data / "clips.jsonl").write_text((data / "clips.jsonl").read_text().replace("test", "train"))
+    _, args = train.parse_args([*arguments(data, tmp_path), "--eval-every", "1"])
+    clips, shown = train.open_data(args, SimpleNamespace(print=lambda *words: None))
+    assert clips.training and not shown.training and len(shown) == len(clips) == 8
+
+
+def test_a_resumed_run_has_the_rates_of_its_own_flags(folder, tmp_path):
+    run = run_training(folder, tmp_path / "run", "--steps", 1)
+    _, args = train.parse_args(arguments(folder, run, "--cue-lr", 3, "--weight-decay", 0.5))
+    model = train.build(args)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizers = train.make_optimizers(model, args)
+    train.load_checkpoint(checkpoints(run)[-1], args, train.Ranks("cpu"), model, ema, optimizers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    assert {(group["rate"], group["weight_decay"]) for group in groups} == {(1, 0), (1, 0.5), (3, 0), (3, 0.5)}
+
+
+def samples(folder, run, count, *flags, split="test", stage="1"):
+    """(clip's tensors, sample) of so many samples, read one by one."""
+    _, args = train.parse_args(arguments(folder, run, *flags, stage=stage))
+    clips = train.data.Clips(folder, args, 0.7, split)
+    (bucket,) = clips.buckets.values()
+    for n in range(count):
+        clip = bucket[n % len(bucket)]
+        yield (
+            load_file(folder / "cache" / f"{clip['id']}.safetensors"),
+            clips.sample(bucket, n % len(bucket), train.data.keyed(n)),
+        )
+
+
+def test_a_sample_is_what_the_cache_says(folder, tmp_path):
+    """Nothing dropped: the reference's picture clean and noisy, cues and masks of one frame outside the window; the window
+    starts at an even latent; its latents have the posterior's mean and deviation; its masks are those of its own frames."""
+    starts, apart = set(), []
+    for tensors, sample in samples(folder, tmp_path, 24, "--location", "hard"):
+        cached = {name: tensor.float() for name, tensor in tensors.items()}
+        (r,) = (r for r in range(3) if torch.equal(sample["condition"][0], cached["ref_noisy"][r]))
+        (start,) = (s for s in range(5) if torch.equal(sample["pose"][1:, :16], 0.7 * cached["pose"][0, s : s + 5]))
+        starts.add(start)
+        assert not sample["condition"][1:].any() and torch.equal(sample["latents"][0], 0.7 * cached["ref_clean"][r])
+        assert torch.equal(sample["pose"][0, :16], 0.7 * cached["ref_pose"][r])
+        assert torch.equal(sample["face"][0, :16], 0.7 * cached["ref_face"][r])
+        assert torch.equal(sample["face"][1:, :16], 0.7 * cached["face"][0, start : start + 5])
+        mean, deviation = cached["mean"][start : start + 5], (cached["logvar"][start : start + 5] / 2).exp()
+        apart.append((sample["latents"][1:] / 0.7 - mean) / deviation)
+        groups = [[0] if k == 0 else range(4 * k - 3, 4 * k + 1) for k in range(start, start + 5)]
+        reference = int(tensors["ref_frame"][r])
+        assert reference not in {t for group in groups for t in group}
+        for name, cue in (("body", "pose"), ("face_mask", "face")):
+            bits = np.unpackbits(tensors[name].numpy(), axis=-1)
+            for slot, group in enumerate([[reference], *groups]):
+                cells = np.mean([bits[t].reshape(6, 8, 4, 8).mean((1, 3)) for t in group], axis=0)
+                np.testing.assert_allclose(sample[cue][slot, 16], cells, atol=1e-6)
+    assert starts == {0, 2, 4}
+    assert torch.stack(apart).mean().abs() < 0.01 and torch.stack(apart).std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_the_location_cue_of_a_held_out_sample_is_softened_by_one_token(folder, tmp_path):
+    """Cells of 16 pixels from the corner, the face's mask as it is; with `none` no mask at all, in training neither."""
+    for tensors, sample in samples(folder, tmp_path, 4):
+        (r,) = (r for r in range(3) if torch.equal(sample["condition"][0], tensors["ref_noisy"][r].float()))
+        mask = np.unpackbits(tensors["body"][int(tensors["ref_frame"][r])].numpy(), axis=-1)
+        soft = cues.grid_soften(np.float32(mask), 16).reshape(6, 8, 4, 8).mean((1, 3))
+        np.testing.assert_allclose(sample["pose"][0, 16], soft, atol=1e-6)
+    for split in ("train", "test"):
+        for _, sample in samples(folder, tmp_path, 4, "--location", "none", split=split):
+            assert not sample["pose"][:, 16].any() and not sample["face"][:, 16].any()
+        for _, sample in samples(folder, tmp_path, 4, "--face", "none", split=split):
+            assert not sample["face"].any()
+    assert any(sample["pose"].any() for _, sample in samples(folder, tmp_path, 4, "--face", "none", split="train"))
+
+
+def test_training_uses_every_cue_variant_and_the_softening_of_every_size(folder, tmp_path):
+    found = set()
+    for tensors, sample in samples(folder, tmp_path, 60, split="train"):
+        for k in range(2):
+            windows = [0.7 * tensors["pose"][k, s : s + 5].float() for s in (0, 2, 4)]
+            found |= {k} if any(torch.equal(sample["pose"][1:, :16], w) for w in windows) else set()
+    assert found == {0, 1}
+
+
+def test_a_dropped_text_becomes_the_null_text(folder, tmp_path):
+    """Not zeros: sampling is guided away from T5's states of the empty prompt."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    save_file({"text": torch.full((4, 32), 0.5).bfloat16()}, data / "null_text.safetensors")
+    texts = [
+        (sample["text"], tensors["text"].float()) for tensors, sample in samples(data, tmp_path, 60, split="train")
+    ]
+    dropped = [text for text, own in texts if not torch.equal(text, own)]
+    assert dropped and all((text == 0.5).all() for text in dropped)
+
+
+def test_epochs_and_steps_draw_anew(folder, tmp_path):
+    """Another order of the clips in each epoch; another window, reference and noise of a clip in each step."""
+    _, args = train.parse_args(arguments(folder, tmp_path))
+    clips = train.data.Clips(folder, args, 0.7)
+    orders = {tuple(clips.places(epoch, 6)[1]) for epoch in range(4)}
+    assert len(orders) > 2 and all(sorted(order) == list(range(6)) for order in orders)
+    noises = [clips.batch(step, [0], 6)["noise"] for step in range(4)]
+    assert not any(torch.equal(noises[0], noise) for noise in noises[1:])
+
+
+def test_a_noise_shift_moves_every_level_as_its_flag_says_but_not_held_out_ones(folder, tmp_path):
+    """s u / (1 + (s - 1) u), which is monotone: between the images of both ends of a step's interval."""
+    steps = {}
+    for shift in (1, 4):
+        _, args = train.parse_args(arguments(folder, tmp_path, "--noise-shift", shift))
+        for split in ("train", "test"):
+            steps[split, shift] = train.data.Clips(folder, args, 0.7, split).batch(3, range(8), 8)["step"].tolist()
+    shifted = lambda u: 4 * u / (1 + 3 * u)  # noqa: E731
+    for plain, moved in zip(steps["train", 1], steps["train", 4]):
+        assert int(1000 * shifted(plain / 1000)) <= moved <= 1000 * shifted((plain + 1) / 1000)
+    assert steps["test", 1] == steps["test", 4]
+
+
+def test_a_backbone_of_ours_gets_cue_layers_that_read_as_it_reads(tmp_path):
+    """Copied after its weights are there: of fresh ones they would be a copy of noise. In step 0 nothing shows it."""
+    config = train.DIT_PRESETS["tiny"]
+    backbone = train.DiT(train.replace(config, cue_channels=0))
+    save_weights(tmp_path / "b.safetensors", backbone, preset="tiny", stage="0", step=1)
+    model = train.load_backbone(tmp_path / "b.safetensors", config)
+    read = backbone.patch_embed.weight.unflatten(1, (32, -1))[:, :16]
+    for embed in (model.pose_embed, model.face_embed):
+        assert torch.equal(embed.bias, backbone.patch_embed.bias)
+        assert torch.equal(embed.weight.unflatten(1, (17, -1))[:, :16], read)
+
+
+def test_held_out_losses_are_of_several_batches_each_with_its_own_noise(folder):
+    """The same ones in every report."""
+    asked = []
+
+    class Loss(torch.nn.Module):
+        def forward(self, batch):
+            return {"denoise": batch["x"]}
+
+    clips = SimpleNamespace(
+        batch=lambda k, indices, G: asked.append((k, list(indices), G)) or {"x": torch.tensor([float(k)])}
+    )
+    ranks = SimpleNamespace(count=2, rank=1, device="cpu", sum=lambda value: value)
+    value = train.held_out_loss(Loss(), clips, ranks, torch.autocast("cpu", enabled=False), torch.float32)
+    assert value == 1.5 and asked == [(k, list(range(1, 16, 2)), 16) for k in range(4)]
+
+
+def test_cue_injection_reaches_the_network(folder, tmp_path):
+    for kind in ("cuefusion", "concat", "cross"):
+        _, args = train.parse_args(arguments(folder, tmp_path, "--cue-injection", kind))
+        assert train.build(args).config.cue_injection == kind

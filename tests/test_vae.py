@@ -554,3 +554,19 @@ def test_whitened_latents_have_mean_0_and_deviation_1_and_decode_to_the_same_pic
     assert torch.allclose(white, (mean - middle.view(shape)) / deviation.view(shape), atol=1e-9)
     assert torch.allclose(white_logvar, logvar - 2 * deviation.log().view(shape), atol=1e-9)
     assert error.max() < 0.05 and error[..., 32:64, 32:64].max() < 0.005
+
+
+def test_a_fresh_vae_has_a_narrow_posterior():
+    """Noise of e^-3 in a latent, not of 1, which would hide it."""
+    vae = CausalVAE(VAE_PRESETS["tiny"]).requires_grad_(False)
+    assert (vae.encode(torch.rand(1, 1, 3, 16, 16))[1] == -6).all()
+
+
+def test_the_norms_of_a_fresh_decoder_are_plain_group_norms():
+    """Whatever the latents: a random conv_y would drown x in noise."""
+    vae = CausalVAE(VAE_PRESETS["tiny"]).requires_grad_(False)
+    norms = [m for m in vae.decoder.modules() if isinstance(m, Norm)]
+    for norm in norms:
+        x, z = torch.randn(1, norm.norm.num_channels, 1, 4, 4), torch.randn(1, 16, 1, 2, 2)
+        torch.testing.assert_close(norm(x, z), norm.norm(x))
+    assert norms

@@ -2,8 +2,10 @@
 
     python -m pytest tests/test_video.py
 """
+import argparse
 import itertools
 import os
+import re
 import struct
 import sys
 import zlib
@@ -18,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from video import (  # noqa: E402
-    Video, check_output, cover, letterbox, letterbox_box, output_size, read_image, resize, write_image,
+    Video, check_output, cover, letterbox, letterbox_box, output_size, read_image, real, resize, whole, write_image,
     write_gif, write_video)
 
 ASSETS = Path(os.environ.get("ASSETS", ROOT.parent / "shared/assets"))
@@ -742,3 +744,29 @@ def test_an_output_that_cannot_be_written_is_refused_early(tmp_path, monkeypatch
         check_output(tmp_path / "a.mp4")
     one_sentence(error, "read-only")
     assert sorted(os.listdir(tmp_path)) == ["folder.mp4", "in.mp4"]
+
+
+def test_a_picture_that_cv2_cannot_turn_into_8_bits_is_refused_in_words(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.tiff"), np.zeros((4, 4, 3), np.float32))
+    with pytest.raises(ValueError, match="a.tiff is not a picture that can be read"):
+        read_image(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("kind, good, bad, span", [
+    (whole(1), {"1": 1, "+7": 7}, ["0", "-1", "1.5", "x", "", "nan", "9" * 30], "a whole number, 1 or more"),
+    (real(0, 1), {"0": 0, "1e-3": 0.001, "1": 1}, ["-0.1", "1.01", "nan", "inf", "x"], "a number, 0 to 1"),
+    (real(0), {"1e9": 1e9}, ["nan", "inf", "-1"], "a number, 0 or more")])
+def test_numbers_out_of_range_are_refused_with_the_range(kind, good, bad, span):
+    assert {text: kind(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"{re.escape(text)}: give {span}"):
+            kind(text)
+
+
+def test_an_input_by_another_name_is_still_an_input(tmp_path, monkeypatch):
+    (tmp_path / "clip.mp4").write_bytes(b"film")
+    (tmp_path / "link.mp4").symlink_to("clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip.mp4", tmp_path / "link.mp4"):
+        with pytest.raises(ValueError, match="is also an input"):
+            check_output(name, tmp_path / "clip.mp4")
