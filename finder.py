@@ -84,8 +84,9 @@ class PersonNet:
                 entry = session.get_inputs()[0]
                 self.size = tuple(n if isinstance(n, int) else 256 for n in entry.shape[2:])
                 self.run = lambda x: session.run(None, {entry.name: x})[0]
+            self.look(np.zeros((16, 16, 3), np.uint8))             # another network fails here
         except Exception as error:                                 # cv2, onnxruntime: own classes
-            raise ValueError(f"--segmenter {path} is no readable .tflite or .onnx ({brief(error)})") from None
+            raise ValueError(f"--segmenter {path} is no person-mask network, .tflite or .onnx ({brief(error)})") from None
 
     def look(self, frame) -> np.ndarray:
         """(H0, W0, 3) -> (H0, W0), how sure each pixel is a person's."""
@@ -378,6 +379,9 @@ def from_arguments(args: argparse.Namespace) -> Finder:
         raise ValueError("--person chooses among people, and --masks has chosen already: give one")
     if args.masks and args.reference_mask and (args.segmenter or args.sam):
         raise ValueError("--masks and --reference-mask leave nothing to segment: drop --segmenter and --sam")
+    for flag, path in (("--segmenter", args.segmenter), ("--sam", args.sam)):
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"{flag} {path}: no such file")
     masks = reference_mask = segmenter = face_finder = None
     if args.masks:
         single = Path(args.masks).suffix.lower() in PICTURES
