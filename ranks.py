@@ -256,12 +256,13 @@ class Saver:
                     no_dist=self.group is None,
                 )
             except (OSError, CheckpointException) as error:
-                if any(isinstance(reason, KeyboardInterrupt) for reason, _ in getattr(error, "failures", {}).values()):
-                    raise KeyboardInterrupt from None
                 failure = error
         if self.sum_over_ranks(failure is not None):
             if ranks.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)
+            reasons = [reason for reason, _ in getattr(failure, "failures", {}).values()]
+            if any(isinstance(reason, KeyboardInterrupt) for reason in reasons):
+                raise KeyboardInterrupt  # Ctrl-C is no fault of the disk
             raise OSError(save_error(run, model, len(weights) > 1, failure)) from None
         if ranks.rank == 0:
             shutil.rmtree(final, ignore_errors=True)

@@ -962,6 +962,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_is_no_fault(folder, tmp_path, monk
     monkeypatch.setattr(ranks.dcp, "save", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_training(folder, tmp_path / "run", "--steps", 1)
+    assert not list((tmp_path / "run").glob(".part*"))
 
 
 def test_a_log_that_was_spoiled_stops_nothing(folder, tmp_path):
