@@ -8,7 +8,7 @@ A row differs from `full` in the flags that it names and in nothing else. Seed k
 and steps as seed k of `full`, and rows that differ in stage 2 alone share stage 1: so rows are compared seed by seed.
 Verdict: `full` is better if the mean of the seed-by-seed differences exceeds their standard error times Student's 95 %
 quantile (4.30 for three seeds), worse if it does so in the other direction; otherwise no difference is seen. Clips and
-test pairs are the same for all seeds, so this is the error of training only. By chance one verdict in twenty is wrong.
+test pairs are the same for all seeds, so this is the error of training only. One verdict in twenty sees a difference by chance.
 """
 
 import argparse

@@ -386,14 +386,16 @@ def make_toy(args) -> None:
         raise ValueError(f"--joint-noise {args.joint_noise:g} is of skeletons: give --pose-cue skeleton")
     if (found := read_header(args.vae)["network"]) != "CausalVAE":
         raise ValueError(f"--vae {args.vae}: holds a {found}, give a VAE's weights")
+    if (args.output / "prepare.json").exists():
+        raise ValueError(f"{args.output} holds clips of data.py prepare: name another -o")
     pick_device(args.device)  # its mistakes once, not once a worker
     (args.output / "cache").mkdir(parents=True, exist_ok=True)
     coder = f"{args.vae.name} {hashlib.sha256(args.vae.read_bytes()).hexdigest()[:16]}"  # one folder, one VAE's latents
     remember(args.output / "toy.json", argparse.Namespace(**vars(args) | {"vae": coder}), TOY_SHARED)
-    there = read_lines(args.output / "clips.jsonl") if (args.output / "clips.jsonl").exists() else []
-    numbers = {*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out), *(int(line["id"]) for line in there)}
-    numbers = sorted(numbers)  # a folder never loses clips
-    missing = [n for n in numbers if not (args.output / "cache" / f"{n:06d}.safetensors").exists()]
+    # a folder never loses clips, whatever --clips says now
+    cached = {int(path.stem) for path in (args.output / "cache").glob("[!.]*.safetensors")}
+    numbers = sorted({*range(args.clips), *range(HELD_OUT, HELD_OUT + args.held_out), *cached})
+    missing = [n for n in numbers if n not in cached]
     context = multiprocessing.get_context("spawn")
     done = context.SimpleQueue()
     shares = [missing[i :: args.workers] for i in range(min(args.workers, len(missing)))]

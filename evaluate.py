@@ -18,8 +18,8 @@ import contextlib
 import difflib
 import io
 import json
-import zipfile
 import sys
+import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from itertools import pairwise, zip_longest

@@ -307,8 +307,8 @@ class Finder:
     """finder(frames) yields (frame, Person, face box or NaN) and keeps ONE person through all frames.
 
     person: the Nth from the left, from 1, of the first frame with anybody; default the largest, most central.
-    masks: mask pictures, one per frame, re-iterable, used instead of the segmenter; red marks the face, which is
-    searched where there is no red. reference_mask: the reference's.
+    masks: mask pictures, one per frame, re-iterable, used instead of the segmenter; red marks the face. Where there
+    is no red, the face finder, if there is one, looks for it. reference_mask: the reference's.
     """
     segmenter: Callable | None = None
     face_finder: Callable | None = None

@@ -8,8 +8,8 @@ pseudo drivers, place from the clip). Truth is A performing the motion: a drawn 
 
     masked L1, masked PSNR   over A's silhouette, two pixels wider; gray levels, dB
     face L1                  over A's visible face; gray levels
-    joint error              the patch around each visible joint, searched in the output: its distance from the true
-                             place in pixels; see `locate`
+    joint error              how far from its true place, in pixels, the patch around a visible joint is found in the
+                             output; see `locate`
     identity                 of 16 people, A and B among them: are the silhouette's colours nearest to A's?
     leaks                    how much of B's colours, texture and outline is in the output: see `leaks`
     seam                     change between frames where two latent frames meet, divided by the change elsewhere. Windows of

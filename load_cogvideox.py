@@ -113,10 +113,10 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
-            raise ValueError("no object")
+            raise ValueError("no JSON object")
         return found
     except ValueError as error:
-        raise ValueError(f"{path}: not a whole JSON file ({error}); download or copy it again") from None
+        raise ValueError(f"{path}: not a whole JSON file ({error}); get it or make it again") from None
 
 
 def read_config(folder: Path, fixed: dict) -> Config:

@@ -50,7 +50,7 @@ class DiTConfig:
 
 DIT_PRESETS = {
     "cogvideox1.5-5b": DiTConfig(dim=3072, depth=42, num_heads=48, text_dim=4096, time_dim=512),
-    # small pictures need small patches: a person is 9 tokens tall here (20 at 512x512); with 2x2x2 it would be 4
+    # small pictures need small patches: a person is 9 tokens tall here (20 at 512x512); 4 with 2x2x2 patches
     "toy": DiTConfig(dim=256, depth=4, num_heads=4, text_dim=64, time_dim=48, patch=(2, 1, 1)),
     "tiny": DiTConfig(dim=64, depth=2, num_heads=2, text_dim=32, time_dim=48),
 }

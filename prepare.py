@@ -273,7 +273,7 @@ def read_pieces(args, name: str, source: Path) -> Iterator[tuple[int, float, boo
 def prepare_clip(args, line: dict, piece: list[tuple], find: finder.Finder, vae, encode_text) -> str | None:
     """Write everything of one clip, clip.json last; or return why it is of no use.
 
-    The person is searched at native resolution. A run killed half-way leaves its files in .part; the next clears them.
+    The person is looked for at native resolution. A run killed half-way leaves its files in .part; the next clears them.
     """
     folder, home = args.output, args.output / "cues" / line["id"]
     size = line["height"], line["width"]

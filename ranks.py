@@ -91,8 +91,8 @@ class Ranks:
 
                 try:
                     fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    return False
+                except OSError as error:  # a file system without locks, as some clusters have, is no other training
+                    return error.errno not in (errno.EACCES, errno.EAGAIN)
         return True
 
     def total(self, number: int) -> int:
@@ -331,12 +331,13 @@ def load_checkpoint(folder: Path, args, ranks: Ranks, model, ema, optimizers: li
 
 
 def read_log(run: Path) -> list[dict]:
-    """The records of log.jsonl. What is none, as a line that a kill cut, is left out."""
+    """The records of log.jsonl. Any other line, such as one that a kill cut short, is left out."""
     found, path = [], run / "log.jsonl"
     for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
-            found += [record] if isinstance(record, dict) and "step" in record else []
+            record["step"]
+            found.append(record)
     return found
 
 

@@ -118,7 +118,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.export:
         if args.export.is_file() and not args.output:
-            parser.error(f"--export {args.export}: of a file; give -o, the one to write")
+            parser.error(f"--export {args.export}: a file needs -o FILE, the one to write")
         args.output = args.output or args.export / "model.safetensors"
         return parser, args
     args.output = args.output or Path("runs") / f"{args.preset}-stage{args.stage}"
@@ -340,7 +340,7 @@ def learning_rate(step: int, args) -> float:
 
 def export(run: Path, output: Path) -> None:
     """The newest weights of a run, averaged if there is an average, as one bfloat16 file; a VAE's with whitened latents."""
-    check_output(output, *(checkpoints(run) or [run]), suffixes=(".safetensors",))
+    check_output(output, run, *run.glob("step-*/*.safetensors"), suffixes=(".safetensors",))
     network, header = load_weights(run, torch.float32)
     if isinstance(network, CausalVAE):
         network.whiten(*latent_statistics(network))
@@ -656,14 +656,11 @@ def train(args) -> None:
     compute, reason = (getattr(torch, args.dtype), "--dtype") if args.dtype else (ranks.dtype, ranks.reason)
     master = torch.float64 if compute == torch.float64 else torch.float32  # weights, gradients, noise and losses
     clips, shown = open_data(args, ranks)
-    if clips and args.stage != "vae":  # shorter clips are seen whole, and the weights shall say so
-        args.window = max(length for _, _, length in clips.buckets)
-    if args.stage == "vae":
-        flops_of = lambda batch: 0.0  # noqa: E731
-    else:
-        flops_of = plan(
-            args, clips, ranks, compute, master
-        )  # prints the costs, chooses --shard, refuses what cannot fit
+    flops_of = lambda batch: 0.0  # noqa: E731
+    if args.stage != "vae":
+        if clips:  # shorter clips are seen whole, and the weights shall say so
+            args.window = max(length for _, _, length in clips.buckets)
+        flops_of = plan(args, clips, ranks, compute, master)
     if args.compile:
         check_compiler(ranks.device)
     G = args.batch * args.accumulate * ranks.count  # samples a step, over all ranks
@@ -680,8 +677,8 @@ def train(args) -> None:
     optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    if not ranks.agree(ranks.alone_in(run)):
-        raise ValueError(f"{run}: another train.py writes there; name another -o, or wait")
+    if not ranks.agree(ranks.alone_in(run) and newest == (checkpoints(run) or [None])[-1]):
+        raise ValueError(f"{run}: another train.py writes there, or just did; name another -o, or wait")
     start = load_checkpoint(newest, args, ranks, model, ema, optimizers) if newest else 0
     saver = Saver(args, ranks, model)
     if ranks.rank == 0:

@@ -325,7 +325,8 @@ def check_output(path: str | Path, *inputs: str | Path,
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path}: the folder {path.parent} is read-only, so name another")
     for source in (Path(source) for source in inputs if path.exists() and Path(source).exists()):
-        if path.samefile(source) or source.is_dir() and path.parent.samefile(source):
+        frame = path.suffix.lower() in PICTURES and source.is_dir() and path.parent.samefile(source)
+        if frame or path.samefile(source):
             raise ValueError(f"{path} is also an input: name another output")
 
 

@@ -168,7 +168,7 @@ def test_a_folder_of_drawn_clips_keeps_its_settings(tmp_path, capsys):
     before = (tmp_path / "clips.jsonl").read_text()
     ids = [(line["id"], line["split"]) for line in map(json.loads, before.splitlines())]
     assert ids == [("000000", "train"), ("1000000", "test")]
-    (tmp_path / "clips.jsonl").write_text(before + before.splitlines()[0].replace("000000", "000001", 1) + "\n")
+    (tmp_path / "clips.jsonl").write_text(before + "{\n")  # damaged, and of a killed run that had drawn more
     shutil.copy(tmp_path / "cache/000000.safetensors", tmp_path / "cache/000001.safetensors")
     data.main(words)
     assert len((tmp_path / "clips.jsonl").read_text().splitlines()) == 3, "asked for fewer, a folder keeps what it has"
@@ -269,7 +269,7 @@ def test_a_cache_that_is_cut_off_leaves_the_old_one(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "save_file", torn)
     with pytest.raises(KeyboardInterrupt):
         data.save_cache({"a": torch.zeros(2)}, path)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_cue_variants_have_a_cut_off_and_blank_runs_of_their_own(monkeypatch):

@@ -241,7 +241,11 @@ def vae():
     return load_weights(judge.ASSETS / "toy-vae.safetensors", torch.float32)[0].eval()
 
 
-def test_noise_depends_on_the_pair_and_the_sampling_seed_alone(pairs, vae):
+def test_noise_depends_on_the_pair_and_the_sampling_seed_alone(pairs, vae, monkeypatch):
+    shape = judge.conditions(vae, pairs[0], judge.parse_args([])[1], 0)
+    monkeypatch.setattr(judge, "conditions", lambda *_: shape)
+    monkeypatch.setattr(vae, "decode", lambda z: torch.zeros(1, 17, 3, 96, 96))
+
     def start(numbers, seed):
         seen = []
         model = lambda x, *_: seen.append(x[:, :, :16]) or x[:, :, :16]  # noqa: E731
@@ -286,8 +290,7 @@ def test_low_light_noise_is_another_for_another_seed():
 def test_no_training_clip_shows_a_judged_person_or_motion(monkeypatch):
     """By the seeds that data.py and judge.py draw with, at both ends of their ranges; failed pseudo drivers too."""
     seeds = []
-    monkeypatch.setattr(toy, "render", lambda identity, motion, **_: seeds.extend([identity, motion]))
-    monkeypatch.setattr(judge.toy, "render", lambda identity, motion, *_, **__: seeds.extend([identity, motion]))
+    monkeypatch.setattr(toy, "render", lambda identity, motion, *_, **__: seeds.extend([identity, motion]))
     for number in (0, 99_999, data.HELD_OUT, data.HELD_OUT + 99_999):
         data.toy_clip(number)
         data.toy_pseudo(number, Namespace(pseudo_faults=1.0, pseudo_people=None), data.keyed(0))
@@ -307,7 +310,9 @@ def test_flags_of_cues_and_sampling_reach_the_model(pairs, vae, monkeypatch):
     assert not none[0][:, :, 16].any() and torch.equal(none[0][:, :, :16], pose[:, :, :16])
     assert not torch.equal(hard[0][:, :, 16], pose[:, :, 16]) and torch.equal(hard[1], face)
     assert torch.equal(inplace[0], pose) and not torch.equal(inplace[1][:, :, :16], face[:, :, :16])
-    asked = []
+    asked, found = [], judge.conditions(vae, pair, judge.parse_args([])[1], 0)
+    monkeypatch.setattr(judge, "conditions", lambda *_: found)
+    monkeypatch.setattr(vae, "decode", lambda z: torch.zeros(1, 17, 3, 96, 96))
     for name in ("ddim", "dpm_solver"):
         solver = lambda fused, start, schedule, steps, name=name, **_: asked.append((name, steps)) or start  # noqa: E731
         monkeypatch.setattr(judge, name, solver)
@@ -320,16 +325,14 @@ def test_flags_of_cues_and_sampling_reach_the_model(pairs, vae, monkeypatch):
 def test_a_score_has_each_sampling_seed_and_the_window_of_the_training(tmp_path, monkeypatch):
     save_weights(tmp_path / "m.safetensors", DiT(DIT_PRESETS["toy"]), preset="toy", stage="1", step=1, window=3)
     asked = []
-    still = lambda model, vae, pairs, numbers, args, seed, **trained: (
+
+    def perfect(model, vae, pairs, numbers, args, seed, **trained):
         asked.append((numbers, seed, trained))
-        or [  # noqa: E731
-            p.truth.video for p in pairs
-        ]
-    )
-    monkeypatch.setattr(judge, "generate", still)
+        return [pair.truth.video for pair in pairs]
+
+    monkeypatch.setattr(judge, "generate", perfect)
     _, args = judge.parse_args([str(tmp_path / "m.safetensors"), "--pairs", "2", "--seeds", "2", "--device", "cpu"])
     answers = judge.score(args)["answers"]
     assert asked == [([0, 1], seed, {"window": 3}) for seed in (0, 1)]
-    assert (
-        answers["seed 0"]["masked_l1"] == answers["seed 1"]["masked_l1"] == 0 < answers["driver's frames"]["masked_l1"]
-    )
+    l1 = {name: row["masked_l1"] for name, row in answers.items()}
+    assert l1["seed 0"] == l1["seed 1"] == 0 < l1["driver's frames"]

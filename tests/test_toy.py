@@ -414,9 +414,7 @@ def test_the_scene_moves_with_the_camera():
     track = toy.camera_track(seed, np.arange(48) / toy.FPS, 96, 96)
     a, b = track["pan"][:, 0].argmin(), track["pan"][:, 0].argmax()
     clip = toy.render(1, 3, camera=seed, frames=48)
-    shift = np.float64([[1, 0, track["pan"][b, 0] - track["pan"][a, 0]], [0, 1, 0]])
-    ratio = track["zoom"][b] / track["zoom"][a]
-    middle = 47.5
+    ratio, middle = track["zoom"][b] / track["zoom"][a], 47.5
     shift = np.float64([[ratio, 0, middle * (1 - ratio) + track["pan"][b, 0] - ratio * track["pan"][a, 0]], [0, ratio, middle * (1 - ratio)]])
     moved = cv2.warpAffine(clip.video[a], shift, (96, 96))
     clear = ~(clip.body[a] | clip.body[b])

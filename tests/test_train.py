@@ -954,6 +954,29 @@ def test_one_training_at_a_time_writes_into_a_run_folder(folder, tmp_path):
     run_training(folder, tmp_path / "run", "--steps", 1)
 
 
+def test_a_file_system_without_locks_is_no_other_training(tmp_path, monkeypatch):
+    def absent(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", absent)
+    assert train.Ranks("cpu").alone_in(tmp_path)
+
+
+def test_a_run_that_went_on_while_another_started_is_left_alone(folder, tmp_path, monkeypatch):
+    """The second looks for checkpoints before it builds its model, and has the lock after the first has ended."""
+    wrap = train.wrap
+
+    def late(*given):
+        monkeypatch.setattr(train, "wrap", wrap)
+        run_training(folder, tmp_path / "run", "--steps", 3)
+        return wrap(*given)
+
+    monkeypatch.setattr(train, "wrap", late)
+    with pytest.raises(ValueError, match="another train.py writes there, or just did"):
+        run_training(folder, tmp_path / "run", "--steps", 2)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-0000003"]
+
+
 def test_ctrl_c_while_a_checkpoint_is_written_is_no_fault(folder, tmp_path, monkeypatch):
     def stopped(*args, **kwargs):
         raise ranks.CheckpointException("write", {0: (KeyboardInterrupt(), None)})
@@ -1151,13 +1174,14 @@ def test_the_location_cue_of_a_held_out_sample_is_softened_by_one_token(folder, 
     assert any(sample["pose"].any() for _, sample in samples(folder, tmp_path, 4, "--face", "none", split="train"))
 
 
-def test_training_uses_every_cue_variant_and_the_softening_of_every_size(folder, tmp_path):
-    found = set()
+def test_training_uses_every_cue_variant_and_the_softening_of_every_size(folder, tmp_path, monkeypatch):
+    found, cells, soften = set(), set(), cues.grid_soften
+    monkeypatch.setattr(cues, "grid_soften", lambda mask, cell, *how: cells.add(cell) or soften(mask, cell, *how))
     for tensors, sample in samples(folder, tmp_path, 60, split="train"):
         for k in range(2):
             windows = [0.7 * tensors["pose"][k, s : s + 5].float() for s in (0, 2, 4)]
             found |= {k} if any(torch.equal(sample["pose"][1:, :16], w) for w in windows) else set()
-    assert found == {0, 1}
+    assert found == {0, 1} and cells == {8, 16, 32}
 
 
 def test_a_dropped_text_becomes_the_null_text(folder, tmp_path):

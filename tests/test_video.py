@@ -767,6 +767,10 @@ def test_an_input_by_another_name_is_still_an_input(tmp_path, monkeypatch):
     (tmp_path / "clip.mp4").write_bytes(b"film")
     (tmp_path / "link.mp4").symlink_to("clip.mp4")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.png").touch()
+    check_output("clip.mp4", tmp_path)  # a folder is read for its frames alone
+    with pytest.raises(ValueError, match="is also an input"):
+        check_output("0.png", tmp_path)
     for name in ("clip.mp4", tmp_path / "link.mp4"):
         with pytest.raises(ValueError, match="is also an input"):
             check_output(name, tmp_path / "clip.mp4")
