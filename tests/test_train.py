@@ -1015,6 +1015,20 @@ def test_an_export_spares_the_run(folder, tmp_path):
             train.export(run, output)
 
 
+def test_a_strip_ends_with_the_true_clip(folder, tmp_path):
+    """Decoded at the latents' own scale: its first, middle and last frame; at the left the reference."""
+    _, args = train.parse_args(arguments(folder, tmp_path))
+    clips, vae = train.data.Clips(folder, args, 0.7, "test"), CausalVAE(VAE_PRESETS["tiny"]).eval()
+    model, here = train.build(args).eval(), train.Ranks("cpu")
+    strip = train.sample_strip(model, vae, clips, here, contextlib.nullcontext(), torch.float32, count=1, steps=1)
+    latents = clips.batch(0, range(1), 1)["latents"] / 0.7
+    with torch.no_grad():
+        reference, video = (train.data.to_picture(vae.decode(z))[0] for z in (latents[:, :1], latents[:, 1:]))
+    truth = np.concatenate([video[0], video[len(video) // 2], video[-1]], axis=1)
+    np.testing.assert_array_equal(strip[:, -truth.shape[1] :], truth)
+    np.testing.assert_array_equal(strip[:, : reference.shape[2]], reference[0])
+
+
 def test_lambda_weighs_same2x():
     losses = {"denoise": torch.tensor([1.0, 3.0]), "s2x": torch.tensor([-1.0, 0.0])}
     assert train.total_loss(losses, SimpleNamespace(s2x_weight=0.25)).item() == pytest.approx(2 - 0.25 * 0.5)
