@@ -1,9 +1,12 @@
 """What the program runs on: device, number format, memory allocator, compiler."""
 
 import ctypes
+import errno
 import os
 import shutil
 import sys
+from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -43,6 +46,22 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):  # other C libraries have no such switch
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+
+
+def lock(path: Path) -> IO | None:
+    """Lock a file for as long as what is returned lives; None if another process has it locked.
+
+    A file system without locks, as some clusters have, and Windows, which has no fcntl, know of no other process.
+    """
+    file = open(path, "w")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
+            return None
+    return file
 
 
 def device_name(device: torch.device) -> str:

@@ -57,7 +57,7 @@ from data import (
 )
 from data import write_text
 from load_cogvideox import load_text_encoder, load_tokenizer, load_vae, load_weights, read_json
-from machine import pick_device
+from machine import lock, pick_device
 from text import T5_PRESETS, T5Encoder, empty_prompt
 from vae import VAE_PRESETS, CausalVAE, frame_count_error
 from video import PICTURES, Video, area, check_output, letterbox, natural, real, output_size, rate, resize, write_image
@@ -72,6 +72,14 @@ ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width / h
 def rank_and_world() -> tuple[int, int]:
     """(rank, number of ranks) of this process; torchrun sets both."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def hold(folder: Path, rank: int):
+    """The lock of a data folder, one for each rank: two programs at once would pull clips from under each other."""
+    held = lock(folder / f".lock-{rank}")
+    if held is None:
+        raise ValueError(f"{folder}: another data.py works there; wait until it is done")
+    return held
 
 
 def assemble(folder: Path) -> tuple[list[dict], list[dict], list[dict]]:
@@ -358,6 +366,7 @@ def prepare(args) -> None:
         check_taken(args.output, name, source)
     for name in ("cache", "videos", "cues"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
+    held = hold(args.output, rank)  # noqa: F841
     device = place(args)  # first: what follows goes to this rank's GPU
     find = make_finder(args)
     vae = open_vae(args.backbone, args.preset, *device)
@@ -557,6 +566,7 @@ def add_pseudo(args) -> None:
     if not (args.data / "prepare.json").is_file():
         raise FileNotFoundError(f"{args.data}: no data folder there that data.py prepare made")
     settings, (rank, world) = read_json(args.data / "prepare.json"), rank_and_world()
+    held = hold(args.data, rank)  # noqa: F841
     folders = {} if args.augment else {"body": args.body, "face": args.face}
     listed = {kind: sorted(p for p in folder.iterdir() if p.suffix) for kind, folder in folders.items()}
     device = place(args)  # first: what follows goes to this rank's GPU

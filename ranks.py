@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import budget
 from data import write_text
 from load_cogvideox import checkpoints, load_weights, save_weights
-from machine import pick_device
+from machine import lock, pick_device
 from model import DiT
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process's checkpoint says so
@@ -84,16 +84,8 @@ class Ranks:
 
     def alone_in(self, run: Path) -> bool:
         """Whether no other training writes into this run folder; the first rank looks, and holds the lock until it ends."""
-        if self.rank == 0:
-            self.lock = open(run / ".lock", "w")
-            with contextlib.suppress(ImportError):  # Windows has no fcntl
-                import fcntl
-
-                try:
-                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:  # a file system without locks, as some clusters have, is no other training
-                    return error.errno not in (errno.EACCES, errno.EAGAIN)
-        return True
+        self.held = lock(run / ".lock") if self.rank == 0 else True
+        return self.held is not None
 
     def total(self, number: int) -> int:
         return int(self.sum(torch.tensor(number, device=self.device)))

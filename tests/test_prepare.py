@@ -86,7 +86,8 @@ def copied(folder, tmp_path):
 
 
 def bytes_of(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".lock"))
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def lines_of(path):
@@ -824,3 +825,15 @@ def test_sharpness_is_judged_where_the_person_or_the_face_is_seen():
         assert few == prepare.sharpness(frames, track, kind) > 0
     track.face_boxes = np.full((8, 4), np.nan)
     assert np.isnan(prepare.sharpness(frames, track, "face"))
+
+
+def test_one_program_at_a_time_works_on_a_data_folder(copied):
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('mine', flush=True); input()"
+    command = [sys.executable, "-c", code, copied / ".lock-0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(ValueError, match="another data.py works there"):
+            prepare.hold(copied, 0)
+        assert prepare.hold(copied, 1), "another rank of the same program"
+        other.communicate("\n")
+    assert prepare.hold(copied, 0)
