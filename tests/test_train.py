@@ -278,7 +278,7 @@ def test_any_ranks_and_shards_equal_one_rank(
         assert distance(weights_of(one, name), weights_of(many, name)) < 1e-9
 
 
-@pytest.mark.parametrize("ema", [0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0, marks=pytest.mark.slow), 0.9])
 def test_reports_leave_sharded_weights_as_they_were(folder, tmp_path, ema):
     """--shard optimizer keeps whole weights after a forward pass without a backward: checkpoints after it failed."""
     held = shutil.copytree(folder, tmp_path / "data")
@@ -508,9 +508,9 @@ def test_a_checkpoint_written_while_training_goes_on_is_that_of_its_step(folder,
     common = "--steps", 6, "--save-every", 3, "--keep", 0
     straight = run_training(folder, tmp_path / "a", *common)
     save = ranks.dcp.save
-    monkeypatch.setattr(ranks.dcp, "save", lambda *args, **kwargs: (time.sleep(1), save(*args, **kwargs)))
+    monkeypatch.setattr(ranks.dcp, "save", lambda *args, **kwargs: (time.sleep(0.3), save(*args, **kwargs)))
     saves = ranks.save_weights
-    monkeypatch.setattr(ranks, "save_weights", lambda *args, **kwargs: (time.sleep(1), saves(*args, **kwargs)))
+    monkeypatch.setattr(ranks, "save_weights", lambda *args, **kwargs: (time.sleep(0.3), saves(*args, **kwargs)))
     behind = run_training(folder, tmp_path / "b", *common, "--async-save")
     for file in ("model.safetensors", "ema.safetensors", "optimizer/__0_0.distcp"):
         a, b = ((run / "step-0000003" / file).read_bytes() for run in (straight, behind))
