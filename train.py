@@ -622,11 +622,12 @@ def progress(args, ranks: Ranks, record: dict, losses: dict, speed: float) -> st
     """A line for the terminal: losses, steps a second, use of the GPU, and the time left."""
     words = " | ".join(f"{name} {record[name]:.4f}" for name in losses)
     peak, rate = ranks.peak(), record["steps_per_s"]
-    used = f"MFU {speed / peak:.0%}" if peak else f"{speed / 1e12:.3g} TFLOP/s"
+    used = f"MFU {speed / peak:.0%} | " if peak else f"{speed / 1e12:.3g} TFLOP/s | "
+    used = used if speed else ""  # of the VAE it is not counted
     left = (args.steps - record["step"]) / max(rate, 1e-9)
     return (
         f"stage {args.stage} | step {record['step']}/{args.steps} | {words} | grad {record['grad']:.2f} | {rate:.2f} it/s | "
-        f"{used} | {record['waiting_for_data']:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
+        f"{used}{record['waiting_for_data']:.0%} waiting | {left // 3600:.0f}:{left % 3600 // 60:02.0f} left"
     )
 
 
