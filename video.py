@@ -94,6 +94,9 @@ def _existing(path: str | Path) -> Path:
 
 def _open(path: str | Path) -> av.container.InputContainer:
     path = _existing(path)
+    # torchvision up to 0.24 turns PyAV's log on; decoder threads that want to log then wait for Python, which waits for
+    # them while a file is closed: for ever.
+    av.logging.set_level(None)
     try:    # absolute, or ffmpeg reads "a:b.mp4" as protocol a; metadata in Latin-1 is no reason to stop
         return av.open(str(path.absolute()), metadata_errors="replace")
     except av.FFmpegError as error:

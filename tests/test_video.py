@@ -774,3 +774,11 @@ def test_an_input_by_another_name_is_still_an_input(tmp_path, monkeypatch):
     for name in ("clip.mp4", tmp_path / "link.mp4"):
         with pytest.raises(ValueError, match="is also an input"):
             check_output(name, tmp_path / "clip.mp4")
+
+
+def test_pyavs_log_is_off_while_a_file_is_read(tmp_path):
+    """Some versions of torchvision turn it on, and then closing a file deadlocks now and then."""
+    write_video(tmp_path / "a.mp4", numbered(3), 25)
+    av.logging.set_level(av.logging.ERROR)
+    Video(tmp_path / "a.mp4")
+    assert av.logging.get_level() is None
