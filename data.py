@@ -49,7 +49,7 @@ from align import misalignment
 from load_cogvideox import load_weights, read_header, read_json
 from machine import keep_freed_memory, pick_device
 from vae import CausalVAE, chunks
-from video import Parser, natural, real, write_image, write_video
+from video import Parser, atomic, natural, real, write_image, write_video
 
 # Paper silent: the released 1.5 weights saw the image condition unscaled, all other latents times 0.7
 IMAGE_LATENT_SCALE = 1.0
@@ -318,24 +318,17 @@ def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
 
 def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
     """Under a temporary name, then renamed: what has a clip's name is whole."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, part)
-        os.replace(part, path)
+        with atomic(path, path.suffix) as part:
+            save_file(tensors, part)
     except SafetensorError as error:  # a full disk is no OSError of its own
         raise OSError(f"{path} cannot be written ({error})") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """The same for text."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with atomic(path, path.suffix) as part:
         part.write_text(text)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -357,6 +357,12 @@ def save_weights(
         temporary.unlink(missing_ok=True)
 
 
+def stored_config(header: dict) -> DiTConfig | VAEConfig | T5Config:
+    """The sizes of the network that a file with this header holds."""
+    _, config_class = KINDS[header["network"]]
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()})
+
+
 def read_header(path: str | Path) -> dict:
     """The JSON header of one of our own weights files."""
     with open_weights(Path(path)) as file:
@@ -369,8 +375,7 @@ def read_header(path: str | Path) -> dict:
         header = json.loads(header)
         if header["format"] != FORMAT:
             raise ValueError(f"{path}: weights format {header['format']}, this version reads format {FORMAT}")
-        config_class, stored = KINDS[header["network"]][1], header["config"]
-        config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        stored_config(header)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: a damaged header ({error}); make the file again") from None
     return header
@@ -429,7 +434,7 @@ def load_weights(
         return load_state_dict(path, dtype, config, depth), {}
     header = read_header(path)
     network_class, config_class = KINDS[header["network"]]
-    stored = config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in header["config"].items()})
+    stored = stored_config(header)
     if config and type(config) is not config_class:
         raise ValueError(f"{path}: holds a {header['network']}, which has no {type(config).__name__}")
     for name, value in asdict(config).items() if config else ():

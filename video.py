@@ -15,6 +15,7 @@ import math
 import os
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -24,7 +25,6 @@ import av
 import cv2
 import numpy as np
 from av.stream import Disposition
-from tqdm import tqdm
 
 COMMENT = "AI-generated with DirectAnimator"
 AVX512_SKX = 256       # OpenCV's number for it
@@ -288,8 +288,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
     def exit(self, status: int = 0, message: str | None = None):
-        for bar in list(getattr(tqdm, "_instances", ())):       # else the message would stand behind a bar
-            bar.close()
+        if "tqdm" in sys.modules:       # a message would stand behind an open bar; --help needs no tqdm
+            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+                bar.close()
         super().exit(status, message)
 
 
@@ -312,7 +313,7 @@ def whole(low: int, high: int = 2 ** 62) -> Callable[[str], int]:
 natural = whole(1)
 seed = whole(0)
 area = whole(256, 2 ** 26)              # pixels of a picture, at most 8192 x 8192
-rate = real(0.001, 1000)              # frames a second
+rate = real(0.001, 1000)                # frames a second
 
 
 def check_output(path: str | Path, *inputs: str | Path,
