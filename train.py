@@ -132,10 +132,8 @@ def parse_args(argv=None):
     if args.window % 2 == 0:
         parser.error(f"--window {args.window}: the reference and the window must make an even number of latents, 4 or more: "
                      f"use {args.window - 1} or {args.window + 1}")
-    if args.stage == "vae" and args.preset == "cogvideox1.5-5b":
-        parser.error("--stage vae trains a small VAE: give --preset toy (CogVideoX brings its own)")
-    if args.stage == "0" and args.preset == "cogvideox1.5-5b":
-        parser.error("--stage 0 trains a small backbone: give --preset toy (CogVideoX brings its own)")
+    if (network := {"vae": "VAE", "0": "backbone"}.get(args.stage)) and args.preset == "cogvideox1.5-5b":
+        parser.error(f"--stage {args.stage} trains a small {network}: give --preset toy (CogVideoX brings its own)")
     if args.stage == "0" and args.backbone:
         parser.error("--stage 0 makes a backbone from nothing: drop --backbone")
     if args.decoder_only and (args.stage != "vae" or not args.backbone):
@@ -179,7 +177,7 @@ from model import DIT_PRESETS, DiT, DiTConfig  # noqa: E402
 from muon import Muon, is_matrix  # noqa: E402
 from ranks import TRAINED, Ranks, Saver, load_checkpoint, read_log, read_settings, rewind_log, shard, swapped  # noqa: E402
 from vae import VAE_PRESETS, CausalVAE  # noqa: E402
-from video import check_output, write_image  # noqa: E402
+from video import atomic, check_output, write_image  # noqa: E402
 
 
 # ---- objectives: a batch in, named losses out ----------------------------------------------------------------------
@@ -465,9 +463,9 @@ def plot_losses(run: Path) -> None:
         axes[-1].bar(range(50, 1000, 100), [np.mean(bin or [0]) for bin in recent], width=80)
         axes[-1].set(title="denoise by noise level", xlabel="diffusion step")
     figure.tight_layout()
-    figure.savefig(run / ".loss.png")
+    with atomic(run / "loss.png", ".png") as part:
+        figure.savefig(part, format="png")
     pyplot.close(figure)
-    os.replace(run / ".loss.png", run / "loss.png")
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
@@ -556,11 +554,11 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
     return flops_of
 
 
-def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
-    """(the checkpoint to go on from, or None; this launch's settings as given, before `plan` fills in --shard)."""
+def open_run(args, ranks: Ranks) -> tuple[list[Path], dict]:
+    """(the checkpoint to go on from, in a list that is empty without one; this launch's settings as given, before `plan` fills in --shard)."""
     settings = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(args).items()}
     run = args.output
-    newest, before = ranks.agree(((checkpoints(run) or [None])[-1], read_settings(run)))
+    newest, before = ranks.agree((checkpoints(run)[-1:], read_settings(run)))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
     if newest and not (args.resume or restarted and before == settings or args.dry_run):
         raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
@@ -678,9 +676,9 @@ def train(args) -> None:
     optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    if not ranks.agree(ranks.alone_in(run) and newest == (checkpoints(run) or [None])[-1]):
+    if not ranks.agree(ranks.alone_in(run) and newest == checkpoints(run)[-1:]):
         raise ValueError(f"{run}: another train.py writes there, or just did; name another -o, or wait")
-    start = load_checkpoint(newest, args, ranks, model, ema, optimizers) if newest else 0
+    start = load_checkpoint(*newest, args, ranks, model, ema, optimizers) if newest else 0
     saver = Saver(args, ranks, model)
     if ranks.rank == 0:
         rewind_log(run, start)

@@ -47,24 +47,41 @@ VAE_PRESETS = {
 
 
 class CausalConv3d(nn.Conv3d):
-    """3x3x3 convolution whose time axis looks back only; before a clip starts it sees the first frame standing still."""
+    """3x3x3 convolution whose time axis looks back only; before a clip starts it sees the first frame standing still.
 
-    def __init__(self, in_dim: int, dim: int):
+    Without gradients it takes two frames at a time and, if `inplace` and the widths agree, puts the result where its
+    input was, so that a chunk is not held three times: as it is, behind the past, and convolved.
+    """
+
+    def __init__(self, in_dim: int, dim: int, inplace: bool = False):
         super().__init__(in_dim, dim, kernel_size=3, padding=(0, 1, 1))
+        self.inplace = inplace and in_dim == dim
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
-        past = [cache[self]] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would lose channels-last
-        x = torch.cat([*past, x], dim=2)
-        cache[self] = x[:, :, -2:].clone()  # a view would keep the whole chunk alive
-        return super().forward(x)
+        past = [cache.pop(self)] if self in cache else [x[:, :, :1]] * 2  # not expand: cat would lose channels-last
+        if torch.is_grad_enabled():
+            seen = torch.cat([*past, x], dim=2)
+            cache[self] = seen[:, :, -2:].clone()  # a view would keep the whole chunk alive
+            return super().forward(seen)
+        (B, _, T, H, W), C = x.shape, self.out_channels
+        out = x if self.inplace else x.new_empty(B, T, H, W, C).movedim(-1, 1)
+        for frames, result in zip(x.split(2, dim=2), out.split(2, dim=2)):
+            seen = torch.cat([*past, frames], dim=2)
+            past = [seen[:, :, -2:]]
+            result.copy_(super().forward(seen))
+        cache[self] = past[0].clone()
+        return out
 
 
 def normalize(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """GroupNorm of (B, C, T, H, W) in channels-last memory, result likewise; computed in float32 or wider."""
     (B, C), wide = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
-    inside = x.movedim(1, -1).reshape(B, -1, groups, C // groups).to(wide)
-    var, mean = torch.var_mean(inside, dim=(1, 3), correction=0)
-    del inside
+    inside = x.movedim(1, -1).unflatten(-1, (groups, -1))  # (B, T, H, W, groups, C/groups)
+    frames = [
+        torch.var_mean(frame.to(wide), dim=(1, 2, 4), correction=0) for frame in inside.unbind(1)
+    ]  # less to widen
+    var, mean = map(torch.stack, zip(*frames))
+    var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)  # within frames and between them
     scale = weight.to(wide).view(groups, -1) * (var + eps).rsqrt()[..., None]
     shift = bias.to(wide).view(groups, -1) - scale * mean[..., None]
     scale, shift = (part.view(B, C, 1, 1, 1) for part in (scale, shift))
@@ -120,15 +137,18 @@ class ResBlock(nn.Module):
     def __init__(self, in_dim: int, dim: int, config: VAEConfig, decoder: bool):
         super().__init__()
         self.norm1 = Norm(in_dim, config, decoder)
-        self.conv1 = CausalConv3d(in_dim, dim)
+        self.conv1 = CausalConv3d(in_dim, dim, inplace=True)
         self.norm2 = Norm(dim, config, decoder)
-        self.conv2 = CausalConv3d(dim, dim)
+        self.conv2 = CausalConv3d(dim, dim, inplace=True)
         self.shortcut = nn.Conv3d(in_dim, dim, 1) if in_dim != dim else nn.Identity()
 
     def forward(self, x: Tensor, z: Tensor | None, cache: dict) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x, z), inplace=True), cache)
-        h = self.conv2(F.silu(self.norm2(h, z), inplace=True), cache)
-        return self.shortcut(x) + h
+        h = F.silu(self.norm1(x, z), inplace=True)
+        h = self.conv1(h, cache)
+        h = F.silu(self.norm2(h, z), inplace=True)
+        h = self.conv2(h, cache)
+        h += self.shortcut(x)
+        return h
 
 
 def per_frame(layer: nn.Module, x: Tensor) -> Tensor:
@@ -143,7 +163,7 @@ class Downsample(nn.Module):
         self.time = time
         self.conv = nn.Conv2d(dim, dim, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: None, cache: dict) -> Tensor:
         if self.time and x.shape[2] > 1:  # a clip's first frame stays alone
             first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
             rest = (rest[:, :, 0::2] + rest[:, :, 1::2]) / 2
@@ -157,7 +177,7 @@ class Upsample(nn.Module):
         self.time = time
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, cache: dict) -> Tensor:
         x = per_frame(lambda frames: self.conv(F.interpolate(frames, scale_factor=2.0)), x)
         if self.time and x.shape[2] > 1:  # repeated after the convolution, which then runs on half the frames
             first, rest = x.split([x.shape[2] % 2, x.shape[2] // 2 * 2], dim=2)
@@ -177,10 +197,10 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(in_dim if i == 0 else dim, dim, config, decoder) for i in range(layers))
         self.resample = resample
 
-    def forward(self, x: Tensor, z: Tensor | None, cache: dict) -> Tensor:
-        for block in self.blocks:
-            x = block(x, z, cache)
-        return x if self.resample is None else self.resample(x)
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield from self.blocks
+        if self.resample is not None:
+            yield self.resample
 
 
 class Encoder(nn.Module):
@@ -200,9 +220,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, cache: dict) -> Tensor:
         x = self.conv_in(x, cache)
-        for level in self.levels:
-            x = level(x, None, cache)
-        x = self.mid(x, None, cache)
+        for layer in chain(*self.levels, self.mid):
+            x = layer(x, None, cache)
         return self.conv_out(F.silu(self.norm_out(x, None), inplace=True), cache)
 
 
@@ -222,13 +241,20 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(dims[-1], 3)
 
     def forward(self, z: Tensor, cache: dict) -> Tensor:
-        x = self.mid(self.conv_in(z, cache), z, cache)
-        for level in self.levels:
-            x = level(x, z, cache)
+        x = self.conv_in(z, cache)
+        for layer in chain(self.mid, *self.levels):
+            x = layer(x, z, cache)
         return self.conv_out(F.silu(self.norm_out(x, z), inplace=True), cache)
 
 
 # ---- the model: chunks in time, tiles in space ---------------------------------------------------------------------
+
+
+class Forgetful(dict):
+    """The cache of a clip's last chunk: it gives out what it holds and keeps nothing more, for nothing follows."""
+
+    def __setitem__(self, layer, past):
+        pass
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -238,6 +264,16 @@ def chunks(items: Iterable, size: int) -> Iterator[list]:
     while chunk:
         yield chunk
         chunk = list(islice(items, size))
+
+
+def mark_last(items: Iterable) -> Iterator[tuple]:
+    """(item, whether it is the last) of each; one item is read ahead."""
+    items = iter(items)
+    for item in islice(items, 1):
+        for following in items:
+            yield item, False
+            item = following
+        yield item, True
 
 
 def tile_starts(size: int) -> list[int]:
@@ -306,9 +342,9 @@ class CausalVAE(nn.Module):
         self.tiling = enabled
 
     def memory(self, H: int, W: int) -> int:
-        """About how many bytes decoding HxW pixels takes beside the weights, untiled. Measured at full size: 28 to 33 KiB a
-        pixel in bfloat16, which is 60 numbers for each of the 256 channels that the pixels have in the widest layer."""
-        return 60 * self.config.channels[1] * H * W * next(self.parameters()).element_size()
+        """About how many bytes decoding HxW pixels takes beside the weights, untiled. Measured at full size: 22 to 23 KiB a
+        pixel in bfloat16, which is 46 numbers for each of the 256 channels that the pixels have in the widest layer."""
+        return 50 * self.config.channels[1] * H * W * next(self.parameters()).element_size()
 
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """frames: (B, 3, H, W) each, 8k+1 (or 1) of them -> (mean, logvar) of 1 to 3 latent frames at a time, (B, f, 16, h, w)."""
@@ -322,10 +358,10 @@ class CausalVAE(nn.Module):
                 f"{W}x{H} pixels: the VAE needs multiples of 8, for example {nearest(W, 8)}x{nearest(H, 8)}"
             )
         tiles = Tiles(self.encoder, H // 8, W // 8, self.tiling, scale_in=8, scale_out=1)
-        for count, chunk in enumerate(chunks(chain([first], frames), 8)):
+        for count, (chunk, last) in enumerate(mark_last(chunks(chain([first], frames), 8))):
             if len(chunk) != (9 if count == 0 else 8) and (count, len(chunk)) != (0, 1):
                 raise ValueError(frame_count_error(len(chunk) + (8 * count + 1 if count else 0)))
-            mean, logvar = tiles(torch.stack(chunk, dim=2)).transpose(1, 2).chunk(2, dim=2)
+            mean, logvar = tiles(torch.stack(chunk, dim=2), last).transpose(1, 2).chunk(2, dim=2)
             yield mean, logvar.clamp(-30, 20)
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,8 +377,8 @@ class CausalVAE(nn.Module):
         if f % 2 == 0:
             raise ValueError(f"{f} latents: the decoder needs an odd number, for example {f - 1} or {f + 1}")
         tiles = Tiles(self.decoder, h, w, self.tiling, scale_in=1, scale_out=8)
-        for chunk in chunks(latents.unbind(1), 2):
-            yield from tiles(torch.stack(chunk, dim=2)).unbind(2)
+        for chunk, last in mark_last(chunks(latents.unbind(1), 2)):
+            yield from tiles(torch.stack(chunk, dim=2), last).unbind(2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, f, 16, h, w), f odd -> video (B, 4f-3, 3, 8h, 8w); not clamped."""
@@ -358,9 +394,11 @@ class Tiles:
         self.tile = (min(h, TILE), min(w, TILE)) if tiling else (h, w)
         self.caches = {(row, column): {} for row in rows for column in columns}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (B, C, T, H, W), one chunk -> the network's output for it, tiles blended linearly where they overlap."""
+    def __call__(self, x: Tensor, last: bool) -> Tensor:
+        """x (B, C, T, H, W), a chunk, maybe the last -> the network's output for it, tiles blended where they overlap."""
         x = x.to(next(self.net.parameters()).dtype)
+        if last:
+            self.caches = {start: Forgetful(cache) for start, cache in self.caches.items()}
         if len(self.caches) == 1:
             return self.run((0, 0), x)
         total = weights = 0
