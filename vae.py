@@ -77,10 +77,8 @@ def normalize(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) 
     """GroupNorm of (B, C, T, H, W) in channels-last memory, result likewise; computed in float32 or wider."""
     (B, C), wide = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
     inside = x.movedim(1, -1).unflatten(-1, (groups, -1))  # (B, T, H, W, groups, C/groups)
-    frames = [
-        torch.var_mean(frame.to(wide), dim=(1, 2, 4), correction=0) for frame in inside.unbind(1)
-    ]  # less to widen
-    var, mean = map(torch.stack, zip(*frames))
+    each = [torch.var_mean(frame.to(wide), dim=(1, 2, 4), correction=0) for frame in inside.unbind(1)]
+    var, mean = map(torch.stack, zip(*each))
     var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)  # within frames and between them
     scale = weight.to(wide).view(groups, -1) * (var + eps).rsqrt()[..., None]
     shift = bias.to(wide).view(groups, -1) - scale * mean[..., None]
