@@ -86,8 +86,13 @@ def rope_table(text_length: int, grid: tuple[int, int, int], head_dim: int, devi
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair of neighbouring channels of x (B, heads, L+N, head_dim) by its angle; float32 inside."""
     cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+    pairs = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # complex numbers: ten times as fast there
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:
+        even, odd = pairs.unbind(-1)
+        pairs = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return pairs.flatten(-2).type_as(x)
 
 
 def patchify(latents: Tensor, patch: tuple[int, int, int] = (2, 2, 2)) -> Tensor:

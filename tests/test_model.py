@@ -483,13 +483,18 @@ def test_rope_golden_values_of_token_37():
         assert sin[37, k].item() == pytest.approx(value, abs=1e-6)
 
 
-def test_rotate_multiplies_neighbouring_channels_as_complex_numbers():
-    """(x0 + i x1) e^(i angle). Catches rotation of halves instead of neighbours, and a wrong sign; text is left alone."""
-    rope = rope_table(2, (1, 3, 2), 16, "cpu")
-    x = torch.randn(2, 3, 8, 16)
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rotate_turns_neighbouring_channels(monkeypatch, compiling):
+    """Both ways of computing it. Catches rotation of halves instead of neighbours, and a wrong sign; text is left alone."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    cos, sin = rope = rope_table(2, (1, 3, 2), 16, "cpu")
+    x, expected = torch.randn(2, 3, 8, 16), torch.zeros(2, 3, 8, 16, dtype=torch.float64)
+    for place in range(8):
+        for k in range(8):
+            a, b, c, s = *x[..., place, 2 * k : 2 * k + 2].double().unbind(-1), cos[place, k], sin[place, k]
+            expected[..., place, 2 * k], expected[..., place, 2 * k + 1] = a * c - b * s, b * c + a * s
     turned = rotate(x, rope)
-    expected = torch.view_as_complex(x.unflatten(-1, (-1, 2)).double()) * torch.complex(*rope).to(torch.complex128)
-    torch.testing.assert_close(turned.double(), torch.view_as_real(expected).flatten(-2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(turned.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(turned[:, :, :2], x[:, :, :2])
     assert rotate(x.bfloat16(), rope).dtype == torch.bfloat16
 
