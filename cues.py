@@ -50,6 +50,8 @@ class CueOptions:
     statistic: str = option("--soften-by", "mean", "what a softening cell takes of its pixels", "max")
     align: str = option("--align", "height", "match body heights (Eq. 9-12), face heights, or nothing",
                         *ALIGN_MODES[1:])
+    pose_place: str = option("--pose-place", "driver", "aligned moves the Pose Cue as the masks are moved (sample.py's "
+                             "choice in the drawn world); by the paper it stays where the driver is", "aligned")
     min_iou: float = option("--min-iou", 0.80, "reject a frame whose mask has a lower predicted IoU")
     min_stability: float = option("--min-stability", 0.90, "reject a frame whose mask is less stable")
     max_area_jump: float = option("--max-area-jump", 2.0, "reject a mask so many times its neighbours' size")
@@ -90,14 +92,14 @@ def low_pass(gray: np.ndarray, cutoff: float, kind: str = "gaussian") -> np.ndar
     return cv2.idct(cv2.dct(gray) * filter_gain(*gray.shape, cutoff, kind, gray.dtype))
 
 
-def pose_cue(frame, mask, options: CueOptions, misalign=(1.0, (0, 0))) -> np.ndarray:
-    """Native frame (H0, W0, 3), canvas mask (H, W) -> (3, H, W) float32 in [-1, 1], black background."""
+def pose_cue(frame, mask, options: CueOptions, moved=(1.0, (0, 0))) -> np.ndarray:
+    """Native frame (H0, W0, 3), canvas mask (H, W) -> (3, H, W) float32 in [-1, 1], black background. moved: scale, shift_xy."""
     rows, columns = mask.shape
     if options.pose == "rgb":
         picture = letterbox(frame, rows, columns) * mask[..., None]
     else:
         picture = letterbox(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), rows, columns) * mask        # Rec. 601
-    scale, (x, y) = misalign
+    scale, (x, y) = moved
     if (scale, x, y) != (1, 0, 0):
         picture = cv2.warpAffine(picture, np.float64([[scale, 0, x], [0, scale, y]]), (columns, rows))
     picture = picture.astype(np.float32) / 127.5
@@ -356,7 +358,10 @@ def render(source: Iterable[np.ndarray], track: Track, size: tuple[int, int] | N
     Cues lie in [-1, 1], -1 where there is nothing; masks in [0, 1]. A rejected frame has a black pose and the
     mask of the nearest accepted one ("rely on adjacent results"); without a face its cue and mask are empty.
     size: (H, W) of the canvas's aspect, default the canvas. drop: (T,) bool, blanks more poses. misalign:
-    (scale, shift_xy) on the canvas, moves the person before the low-pass and nothing else (A.2, training).
+    (scale, shift_xy) on the canvas, moves the Pose Cue's person before the low-pass and nothing else (A.2, training).
+
+    Differs: options.pose_place "aligned" moves the Pose Cue as the masks are moved; the paper's model learns, by A.2, to
+    look past its place.
     """
     rows, columns = size = size or track.canvas
     if rows * track.canvas[1] != columns * track.canvas[0]:
@@ -364,7 +369,8 @@ def render(source: Iterable[np.ndarray], track: Track, size: tuple[int, int] | N
                          f"{track.canvas[0]} for which the clip was analysed")
     ratio, nothing = rows / track.canvas[0], np.full((3, *size), -1, np.float32)
     scale, shift_xy = resized(track.scale, track.shift_xy, ratio)
-    misalign = resized(*misalign, ratio) if misalign else (1.0, (0, 0))
+    moved = (track.scale, track.shift_xy) if options.pose_place == "aligned" else (1.0, (0, 0))
+    moved = resized(*(misalign or moved), ratio)
     squares, face_boxes = ((boxes + 0.5) * ratio - 0.5 for boxes in (track.face_squares, track.face_boxes))
     face_boxes = transform(face_boxes, scale, shift_xy)
     kept, blank = np.flatnonzero(track.accepted), ~track.accepted | (False if drop is None else drop)
@@ -376,7 +382,7 @@ def render(source: Iterable[np.ndarray], track: Track, size: tuple[int, int] | N
             mask = resize(np.uint8(mask) * 255, *size) > 127
         pose, face = nothing, nothing
         if not blank[index] and options.pose != "none":
-            pose = pose_cue(frame, mask, options, misalign)
+            pose = pose_cue(frame, mask, options, moved)
         body, face_mask = warp(mask, scale, shift_xy).astype(np.float32), np.zeros(size, np.float32)
         if options.location == "soft":
             body = grid_soften(body, options.cell, options.statistic)

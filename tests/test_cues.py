@@ -934,6 +934,18 @@ def test_misalign_scales_the_pose_too():
     np.testing.assert_allclose(boxes[1], 0.5 * boxes[0] + [10, 20, 10, 20], atol=1)
 
 
+@pytest.mark.parametrize("size", [None, (2 * H, 2 * W)])
+def test_an_aligned_pose_lies_where_the_location_cue_says(size):
+    """The person of the Pose Cue fills the moved mask; the other cues stay as they are."""
+    track, hard = analyse(CLIP, REFERENCE, GIVEN), dict(pose="gray", location="hard")
+    assert abs(np.log(track.scale)) > 0.1                                                   # else this shows nothing
+    aligned = list(render(CLIP, track, size, CueOptions(pose_place="aligned", **hard)))
+    for row, plain in zip(aligned, render(CLIP, track, size, CueOptions(**hard)), strict=True):
+        person, place = row[0][0] > -0.9, row[2][0] > 0.5
+        assert (person & place).sum() > 0.85 * (person | place).sum() > 1.1 * ((plain[0][0] > -0.9) & place).sum()
+        assert all((a == b).all() for a, b in zip(row[1:], plain[1:]))
+
+
 def test_area_is_compared_with_the_frames_around_not_with_the_whole_clip():
     """A person who walks up to the camera grows tenfold, slowly: no fault."""
     sizes = np.linspace(6, 44, 60).round().astype(int)
