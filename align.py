@@ -1,7 +1,7 @@
 """Place the driving person where the reference person stands: Eq. 9-12 (paper A.2), on mask boxes, numpy.
 
 One similarity for the whole clip, T(x) = scale * x + shift_xy (Eq. 11), carries the driving masks onto the
-reference person. Only the Location Cue is moved by it; Pose and Face Cue stay where they are. The other half
+reference person. Only the Location Cue is moved by it (the Pose Cue too with --pose-place aligned). The other half
 of A.2 is here too: in stage 2 pseudo Pose Cues are misaligned, which teaches the model to trust the Location Cue.
 
 Coordinates are pixel centres, (x, y), as in Eq. 12: pixel i sits at i, and a mask's box holds its outermost

@@ -50,8 +50,8 @@ class CueOptions:
     statistic: str = option("--soften-by", "mean", "what a softening cell takes of its pixels", "max")
     align: str = option("--align", "height", "match body heights (Eq. 9-12), face heights, or nothing",
                         *ALIGN_MODES[1:])
-    pose_place: str = option("--pose-place", "driver", "aligned moves the Pose Cue as the masks are moved (sample.py's "
-                             "choice in the drawn world); by the paper it stays where the driver is", "aligned")
+    pose_place: str = option("--pose-place", "kept", "where the Pose Cue's person is: kept = where the driver is, as in the "
+                             "paper; aligned = moved as her mask is, sample.py's default for --preset toy", "aligned")
     min_iou: float = option("--min-iou", 0.80, "reject a frame whose mask has a lower predicted IoU")
     min_stability: float = option("--min-stability", 0.90, "reject a frame whose mask is less stable")
     max_area_jump: float = option("--max-area-jump", 2.0, "reject a mask so many times its neighbours' size")
@@ -360,8 +360,8 @@ def render(source: Iterable[np.ndarray], track: Track, size: tuple[int, int] | N
     size: (H, W) of the canvas's aspect, default the canvas. drop: (T,) bool, blanks more poses. misalign:
     (scale, shift_xy) on the canvas, moves the Pose Cue's person before the low-pass and nothing else (A.2, training).
 
-    Differs: options.pose_place "aligned" moves the Pose Cue as the masks are moved; the paper's model learns, by A.2, to
-    look past its place.
+    Differs: options.pose_place "aligned" moves her as the masks are moved; the paper's model learns, by A.2, to look past
+    her place.
     """
     rows, columns = size = size or track.canvas
     if rows * track.canvas[1] != columns * track.canvas[0]:
@@ -369,8 +369,8 @@ def render(source: Iterable[np.ndarray], track: Track, size: tuple[int, int] | N
                          f"{track.canvas[0]} for which the clip was analysed")
     ratio, nothing = rows / track.canvas[0], np.full((3, *size), -1, np.float32)
     scale, shift_xy = resized(track.scale, track.shift_xy, ratio)
-    moved = (track.scale, track.shift_xy) if options.pose_place == "aligned" else (1.0, (0, 0))
-    moved = resized(*(misalign or moved), ratio)
+    moved = (scale, shift_xy) if options.pose_place == "aligned" else (1.0, (0, 0))
+    moved = resized(*misalign, ratio) if misalign else moved
     squares, face_boxes = ((boxes + 0.5) * ratio - 0.5 for boxes in (track.face_squares, track.face_boxes))
     face_boxes = transform(face_boxes, scale, shift_xy)
     kept, blank = np.flatnonzero(track.accepted), ~track.accepted | (False if drop is None else drop)

@@ -37,6 +37,7 @@ import cues
 import data
 import finder
 import toy
+from align import transform, warp
 from data import (
     ASSETS,
     TOY_SIZE,
@@ -223,9 +224,19 @@ def summary(rows: list[dict]) -> dict:
 # ---- sampling ------------------------------------------------------------------------------------------------------
 
 
+def moved(clip: toy.Clip, scale: float, shift_xy: np.ndarray) -> toy.Clip:
+    """The clip after Eq. 11, its borders repeated: where B's aligned mask says that A stands."""
+    matrix, (height, width) = np.float64([[scale, 0, shift_xy[0]], [0, scale, shift_xy[1]]]), clip.body.shape[1:]
+    draw = lambda frame: cv2.warpAffine(frame, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)  # noqa: E731
+    body, face = (warp(masks, scale, shift_xy) for masks in (clip.body, clip.face))
+    joints = transform(clip.joints, scale, shift_xy)
+    inside = ((joints > -0.5) & (joints < (width - 0.5, height - 0.5))).all(-1)
+    shown = {"body_boxes": toy.mask_boxes(body), "face_boxes": toy.mask_boxes(face), "visible": clip.visible & inside}
+    return replace(clip, video=np.stack([draw(f) for f in clip.video]), body=body, face=face, joints=joints, **shown)
+
+
 def place_of(pair: Pair, args, generator: np.random.Generator) -> tuple:
-    """(frames, Track) whose masks say where A stands: of A's own clip, or with --place driver B's, aligned to A's picture
-    as sample.py does."""
+    """(frames, Track) whose masks say where A stands: of A's own clip, or B's, aligned to A's picture as sample.py does."""
     if args.place == "clip":
         return data.toy_pair(pair.truth, args, generator)[1]
     reference_mask = finder.paint_mask(pair.still.body[0], pair.still.face[0])
@@ -242,7 +253,9 @@ def conditions(vae, pair: Pair, args, number: int) -> tuple[Tensor, Tensor, Tens
     for clip in (pair.still, pair.seen):
         body, face = data.toy_pair(clip, args, generator)
         place = face if clip is pair.still else place_of(pair, args, generator)
-        rows = zip(*(cues.render(*source, options=looks) for source in (body, face, place)))
+        along = (place[1].scale, place[1].shift_xy) if args.place == "aligned" else None  # the reference's own: 1, 0
+        poses = cues.render(*body, options=looks, misalign=along)
+        rows = zip(poses, *(cues.render(*source, options=looks) for source in (face, place)))
         mixed = ((pose[0], face[1], *place[2:]) for pose, face, place in rows)
         streams.append(encode_cues(vae, padded(mixed), device, vae.config.scaling_factor))
     pose, face = (torch.cat(two, 1) for two in zip(*streams))
@@ -300,6 +313,9 @@ def score(args) -> dict:
     for first in tqdm(range(0, args.pairs, together), desc="score", unit="batch"):
         numbers = list(range(first, min(first + together, args.pairs)))
         pairs = [draw_pair(n, args.degrade, args.strength, args.frames) for n in numbers]
+        if args.place == "aligned":
+            tracks = [place_of(pair, args, None)[1] for pair in pairs]
+            pairs = [p._replace(truth=moved(p.truth, t.scale, t.shift_xy)) for p, t in zip(pairs, tracks)]
         if args.frames > FRAMES:
             rows["truth"] += [measure(p, p.truth.video) for p in pairs]
         rows["still reference"] += [measure(p, np.stack([p.reference] * args.frames)) for p in pairs]
@@ -392,7 +408,8 @@ def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     add("--face-cue", choices=["centered", "inplace"], default="centered", help="as the model was trained")
     add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
-    add("--place", choices=["clip", "driver"], default="clip", help="Location Cue of the person's own clip, or of the driver's, aligned")
+    add("--place", choices=["clip", "driver", "aligned"], default="clip", help="Location Cue of the person's own clip; or of the driver's, "
+        "aligned; or that, with Pose Cue and truth moved by the same similarity, as sample.py --preset toy does")
     add("--soften-cell", type=natural, default=16, help="side of the Location Cue's softening cells, pixels; training has 8, 16 and 32")
     add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
     add("--strength", type=real(0, 1), default=1.0, help="of --degrade, 0 to 1")

@@ -92,8 +92,8 @@ def parse_args(argv=None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
             parser.error(f"--{name}-masks needs --{name}: the video whose masks they are")
     args.cache = args.cache.expanduser()
     args.preset = args.preset or (None if args.backbone else "toy")
-    # Paper silent. The drawn world's model has seen a tenth of A.2's misalignment, and limbs dissolve beyond it
-    args.pose_place = args.pose_place or ("aligned" if args.preset == "toy" else "driver")
+    # Differs: the drawn world's model has seen a tenth of A.2's misalignment, and limbs dissolve beyond it
+    args.pose_place = args.pose_place or ("aligned" if args.preset == "toy" else "kept")
     if args.preset == "toy":
         args.checkpoint = args.checkpoint or ASSETS / "toy.safetensors"
         for name in ("prompt", "guidance", "guidance_interval", "sequential"):

@@ -554,11 +554,11 @@ def plan(args, clips: data.Clips | None, ranks: Ranks, compute, master) -> Calla
     return flops_of
 
 
-def open_run(args, ranks: Ranks) -> tuple[list[Path], dict]:
-    """(the checkpoint to go on from, in a list that is empty without one; this launch's settings as given, before `plan` fills in --shard)."""
+def open_run(args, ranks: Ranks) -> tuple[Path | None, dict]:
+    """(the checkpoint to go on from, or None; this launch's settings as given, before `plan` fills in --shard)."""
     settings = {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in vars(args).items()}
     run = args.output
-    newest, before = ranks.agree((checkpoints(run)[-1:], read_settings(run)))
+    newest, before = ranks.agree(((checkpoints(run) or [None])[-1], read_settings(run)))
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun after a failure: no one to say it
     if newest and not (args.resume or restarted and before == settings or args.dry_run):
         raise ValueError(f"{run} holds a run: go on with --resume, or name another -o")
@@ -676,9 +676,9 @@ def train(args) -> None:
     optimizers = make_optimizers(model, args)
 
     run.mkdir(parents=True, exist_ok=True)
-    if not ranks.agree(ranks.alone_in(run) and newest == checkpoints(run)[-1:]):
+    if not ranks.agree(ranks.alone_in(run) and newest == (checkpoints(run) or [None])[-1]):
         raise ValueError(f"{run}: another train.py writes there, or just did; name another -o, or wait")
-    start = load_checkpoint(*newest, args, ranks, model, ema, optimizers) if newest else 0
+    start = load_checkpoint(newest, args, ranks, model, ema, optimizers) if newest else 0
     saver = Saver(args, ranks, model)
     if ranks.rank == 0:
         rewind_log(run, start)

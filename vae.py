@@ -188,6 +188,8 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
+    """Residual blocks and what changes the size. Iterated over, not called: a call would hold its input to the end."""
+
     def __init__(
         self, in_dim: int, dim: int, layers: int, resample: nn.Module | None, config: VAEConfig, decoder: bool
     ):
@@ -340,12 +342,14 @@ class CausalVAE(nn.Module):
         self.tiling = enabled
 
     def memory(self, H: int, W: int) -> int:
-        """About how many bytes decoding HxW pixels takes beside the weights, untiled. Measured at full size: 22 to 23 KiB a
-        pixel in bfloat16, which is 46 numbers for each of the 256 channels that the pixels have in the widest layer."""
+        """About how many bytes decoding HxW pixels takes beside the weights, untiled. Measured at full size, for 7 latents or
+        more: 22 to 23 KiB a pixel in bfloat16, or 46 numbers for each of the widest layer's 256 channels; said with room."""
         return 50 * self.config.channels[1] * H * W * next(self.parameters()).element_size()
 
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """frames: (B, 3, H, W) each, 8k+1 (or 1) of them -> (mean, logvar) of 1 to 3 latent frames at a time, (B, f, 16, h, w)."""
+        """frames: (B, 3, H, W) each, 8k+1 (or 1) of them -> (mean, logvar) of 1 to 3 latent frames at a time, (B, f, 16, h, w).
+
+        Reads 8 frames ahead. Raises ValueError for sizes that are no multiple of 8, and at its end for other counts."""
         frames = iter(frames)
         first = next(frames, None)
         if first is None:

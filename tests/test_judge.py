@@ -258,6 +258,21 @@ def test_noise_depends_on_the_pair_and_the_sampling_seed_alone(pairs, vae, monke
     assert not torch.equal(both[0], both[1]) and not torch.equal(both, other)
 
 
+def test_the_moved_truth_is_the_truth_under_eq_11(pairs):
+    """Half a pixel off at most; who leaves the picture is no longer seen. Catches a swapped axis or an inverse."""
+    clip = pairs[0].truth
+    for scale, shift in ((1.0, (0, 0)), (0.8, (12, 5)), (1.2, (-30, 4))):
+        found = judge.moved(clip, scale, np.array(shift))
+        np.testing.assert_allclose(found.joints, scale * clip.joints + np.float32(shift), atol=1e-3)
+        ys, xs = np.nonzero(found.body[0])
+        there = np.rint((np.stack([xs, ys], 1) - shift) / scale).astype(int)
+        assert clip.body[0][there[:, 1], there[:, 0]].mean() > 0.97
+        outside = ((found.joints < -0.5) | (found.joints > 95.5)).any(-1)
+        assert np.array_equal(found.visible, clip.visible & ~outside) and (clip.visible & outside).any() == (scale > 1)
+        assert np.abs(np.float32(found.video[0][found.body[0]]) - clip.video[0][there[:, 1], there[:, 0]]).mean() < 12
+    assert np.array_equal(judge.moved(clip, 1.0, np.zeros(2)).video, clip.video)
+
+
 def test_pose_and_face_are_the_drivers_the_place_is_the_clips_own(pairs, vae):
     """Slot 0 is A's; with B as A nothing but pose and face may change; --face none hides the face."""
     pair = pairs[0]
@@ -269,6 +284,11 @@ def test_pose_and_face_are_the_drivers_the_place_is_the_clips_own(pairs, vae):
         assert not torch.equal(cue[:, 1:, :16], own[:, 1:, :16])
     hidden = cues_of(pair, "--face", "none")
     assert torch.equal(hidden[0], pose) and not hidden[1].any()
+    _, track = judge.place_of(pair, judge.parse_args(["--place", "aligned"])[1], None)
+    aligned = cues_of(pair, "--place", "aligned")
+    by_hand = cues_of(pair._replace(seen=judge.moved(pair.driver, track.scale, track.shift_xy)))
+    away = lambda found: (aligned[0][:, 1:, :16] - found[0][:, 1:, :16]).abs().mean()  # noqa: E731
+    assert away(by_hand) < 0.5 * away((pose, face)) and torch.equal(aligned[1][:, :, :16], face[:, :, :16])
     placed = cues_of(pair, "--place", "driver")
     assert torch.equal(placed[0][:, :, :16], pose[:, :, :16]) and not torch.equal(placed[0][:, :, 16], pose[:, :, 16])
 

@@ -188,6 +188,14 @@ def test_pose_and_face_of_other_videos_and_the_place_of_the_driver(example, tmp_
         reference = sample.cover(read_image(args.reference), 96, 64)
         track = cues.analyse(video, reference, finder.from_arguments(args), options)
         rows[name] = list(sample.driving_rows(args, video, track, reference, options)())
+    _, args = sample.parse_args(arguments(example, "--pose-place", "aligned", *pose))
+    by_itself = vars(args) | {"masks": str(tmp_path / "masks")}
+    own = cues.analyse(Video(args.pose_video), reference, finder.from_arguments(Namespace(**by_itself)), options)
+    moved = (scale, shift) = own.scale, own.shift_xy
+    assert abs(scale - 1) > 0.05 or np.abs(shift).max() > 2
+    aligned = sample.driving_rows(args, video, track, reference, cues.options(args))()
+    for row, (expected, *_) in zip(aligned, cues.render(Video(args.pose_video), own, misalign=moved), strict=True):
+        assert np.array_equal(row[0], expected)  # each video by its own similarity
     for plain, row in zip(rows["plain"], rows["pose"], strict=True):
         assert not np.array_equal(plain[0], row[0]) and all(map(np.array_equal, plain[1:], row[1:])), (
             "DRIVE gives face and place"
@@ -331,9 +339,9 @@ def test_nothing_given_means_the_example_and_half_of_it_is_a_mistake(capsys):
     assert args.reference.name == "ref.png" and args.drive.name == "drive.mp4" and args.preset == "toy"
     places = [
         sample.parse_args(["--preset", *given])[1].pose_place
-        for given in (["toy"], ["toy", "--pose-place", "driver"], ["tiny"])
+        for given in (["toy"], ["toy", "--pose-place", "kept"], ["tiny"])
     ]
-    assert places == ["aligned", "driver", "driver"]
+    assert places == ["aligned", "kept", "kept"]
     assert all(path.exists() for path in sample.EXAMPLE.values()) and args.area == 96 * 96
     for words, named in (
         (["ref.png"], "DRIVE"),
