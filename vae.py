@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE, OVERLAP = 48, 12  # in latents: 384 and 96 pixels
+PIECE = 2**22  # numbers that a convolution reads at once: 8 MiB in bfloat16, or two frames
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ VAE_PRESETS = {
 class CausalConv3d(nn.Conv3d):
     """3x3x3 convolution whose time axis looks back only; before a clip starts it sees the first frame standing still.
 
-    Without gradients it takes two frames at a time and, if `inplace` and the widths agree, puts the result where its
-    input was, so that a chunk is not held three times: as it is, behind the past, and convolved.
+    Without gradients it takes large frames two at a time and, if `inplace` and the widths agree, puts the result where
+    its input was, so that a chunk is not held three times: as it is, behind the past, and convolved.
     """
 
     def __init__(self, in_dim: int, dim: int, inplace: bool = False):
@@ -65,7 +66,8 @@ class CausalConv3d(nn.Conv3d):
             return super().forward(seen)
         (B, _, T, H, W), C = x.shape, self.out_channels
         out = x if self.inplace else x.new_empty(B, T, H, W, C).movedim(-1, 1)
-        for frames, result in zip(x.split(2, dim=2), out.split(2, dim=2)):
+        step = max(2, PIECE // x[:, :, :1].numel())  # small ones together: PyTorch is slow at them in float32
+        for frames, result in zip(x.split(step, dim=2), out.split(step, dim=2)):
             seen = torch.cat([*past, frames], dim=2)
             past = [seen[:, :, -2:]]
             result.copy_(super().forward(seen))
