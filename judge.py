@@ -225,7 +225,7 @@ def summary(rows: list[dict]) -> dict:
 
 
 def moved(clip: toy.Clip, scale: float, shift_xy: np.ndarray) -> toy.Clip:
-    """The clip after Eq. 11, its borders repeated: where B's aligned mask says that A stands."""
+    """The clip after Eq. 11, its borders repeated."""
     matrix, (height, width) = np.float64([[scale, 0, shift_xy[0]], [0, scale, shift_xy[1]]]), clip.body.shape[1:]
     draw = lambda frame: cv2.warpAffine(frame, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE)  # noqa: E731
     body, face = (warp(masks, scale, shift_xy) for masks in (clip.body, clip.face))
@@ -313,8 +313,8 @@ def score(args) -> dict:
     for first in tqdm(range(0, args.pairs, together), desc="score", unit="batch"):
         numbers = list(range(first, min(first + together, args.pairs)))
         pairs = [draw_pair(n, args.degrade, args.strength, args.frames) for n in numbers]
-        if args.place == "aligned":
-            tracks = [place_of(pair, args, None)[1] for pair in pairs]
+        if args.place == "aligned":  # the truth by its own similarity, as B by B's: A keeps her height
+            tracks = [place_of(pair._replace(seen=pair.truth), args, None)[1] for pair in pairs]
             pairs = [p._replace(truth=moved(p.truth, t.scale, t.shift_xy)) for p, t in zip(pairs, tracks)]
         if args.frames > FRAMES:
             rows["truth"] += [measure(p, p.truth.video) for p in pairs]
@@ -409,7 +409,7 @@ def parse_args(argv=None) -> tuple[Parser, argparse.Namespace]:
     add("--face", choices=["centered", "none"], default="centered", help="as the model was trained")
     add("--location", choices=["soft", "hard", "none"], default="soft", help="as the model was trained")
     add("--place", choices=["clip", "driver", "aligned"], default="clip", help="Location Cue of the person's own clip; or of the driver's, "
-        "aligned; or that, with Pose Cue and truth moved by the same similarity, as sample.py --preset toy does")
+        "aligned; or that, with the Pose Cue moved too, as sample.py --preset toy does, and the truth aligned alike")
     add("--soften-cell", type=natural, default=16, help="side of the Location Cue's softening cells, pixels; training has 8, 16 and 32")
     add("--degrade", choices=["none", "motion_blur", "low_light", "low_resolution"], default="none", help="driving clips that A.6 says fail")
     add("--strength", type=real(0, 1), default=1.0, help="of --degrade, 0 to 1")
