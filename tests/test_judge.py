@@ -356,3 +356,20 @@ def test_a_score_has_each_sampling_seed_and_the_window_of_the_training(tmp_path,
     assert asked == [([0, 1], seed, {"window": 3}) for seed in (0, 1)]
     l1 = {name: row["masked_l1"] for name, row in answers.items()}
     assert l1["seed 0"] == l1["seed 1"] == 0 < l1["driver's frames"]
+
+
+def test_an_aligned_truth_has_the_references_height_and_place(tmp_path, monkeypatch):
+    """Eq. 9 and 10 on A's own clip; what the model is shown is not moved here. Catches B's similarity, which shrinks tall A."""
+    save_weights(tmp_path / "m.safetensors", DiT(DIT_PRESETS["toy"]), preset="toy", stage="1", step=1)
+    seen = []
+    monkeypatch.setattr(
+        judge, "generate", lambda m, v, pairs, *_, **__: seen.extend(pairs) or [p.seen.video for p in pairs]
+    )
+    given = [str(tmp_path / "m.safetensors"), "--pairs", "3", "--seeds", "1", "--device", "cpu", "--place", "aligned"]
+    judge.score(judge.parse_args(given)[1])
+    for number, pair in enumerate(seen):
+        plain = judge.draw_pair(number)
+        height = lambda clip: np.median(np.ptp(clip.body_boxes[:, 1::2], axis=1))  # noqa: E731
+        assert height(pair.truth) == pytest.approx(height(pair.still), abs=2.5)
+        assert np.array_equal(pair.seen.video, plain.seen.video) and np.array_equal(pair.reference, plain.reference)
+    assert any(not np.array_equal(pair.truth.video, judge.draw_pair(n).truth.video) for n, pair in enumerate(seen))
