@@ -319,7 +319,7 @@ def cache_toy_clip(vae: CausalVAE, number: int, args) -> None:
 def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
     """Under a temporary name, then renamed: what has a clip's name is whole."""
     try:
-        with atomic(path, path.suffix) as part:
+        with atomic(path) as part:
             save_file(tensors, part)
     except SafetensorError as error:  # a full disk is no OSError of its own
         raise OSError(f"{path} cannot be written ({error})") from None
@@ -327,7 +327,7 @@ def save_cache(tensors: dict[str, Tensor], path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """The same for text."""
-    with atomic(path, path.suffix) as part:
+    with atomic(path) as part:
         part.write_text(text)
 
 

@@ -9,7 +9,6 @@ so that loading needs no second copy of the model; a block may straddle two shar
 
 import difflib
 import json
-import os
 import pickle
 import re
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from model import DiT, DiTConfig
 from text import T5Config, T5Encoder, Tokenizer
 from vae import CausalVAE, VAEConfig
-from video import Parser
+from video import Parser, atomic
 
 FORMAT = 1  # of our own weights files
 KINDS = {"DiT": (DiT, DiTConfig), "CausalVAE": (CausalVAE, VAEConfig), "T5Encoder": (T5Encoder, T5Config)}
@@ -347,14 +346,11 @@ def save_weights(
     state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in state.items()}
     kind = next(name for name, (cls, _) in KINDS.items() if isinstance(network, cls))  # FSDP2 renames classes
     header = {"format": FORMAT, "network": kind, "config": asdict(network.config)} | header
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(state, temporary, metadata={"directanimator": json.dumps(header)})
-        os.replace(temporary, path)
-    except SafetensorError as error:  # a full disk, a missing folder: no OSError of its own
+        with atomic(path) as part:
+            save_file(state, part, metadata={"directanimator": json.dumps(header)})
+    except SafetensorError as error:  # a full disk: no OSError of its own
         raise OSError(f"{path} cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def stored_config(header: dict) -> DiTConfig | VAEConfig | T5Config:

@@ -336,8 +336,8 @@ def check_output(path: str | Path, *inputs: str | Path,
 
 @contextlib.contextmanager
 def atomic(path: Path, *suffixes: str) -> Iterator[Path]:
-    """A temporary file beside `path`: renamed to it when whole, removed on any exception, Ctrl-C included."""
-    check_output(path, suffixes=suffixes)
+    """A temporary file beside `path`: renamed to it when whole, removed on any exception, Ctrl-C included. No suffixes: any."""
+    check_output(path, suffixes=suffixes or (path.suffix.lower(),))
     part = path.absolute().with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part

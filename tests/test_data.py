@@ -272,6 +272,13 @@ def test_a_cache_that_is_cut_off_leaves_the_old_one(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_text_may_have_any_ending(tmp_path):
+    """`-o REPORT.JSON` passes the check at the start, so it must be written at the end."""
+    for name in ("REPORT.JSON", "config.json", "notes"):
+        data.write_text(tmp_path / name, "{}")
+        assert (tmp_path / name).read_text() == "{}"
+
+
 def test_cue_variants_have_a_cut_off_and_blank_runs_of_their_own(monkeypatch):
     """Variant 0 is plain; a pseudo Pose Cue is moved as strongly as its folder says."""
     clip, asked = toy.render(1, 1, frames=33, size=32), []
